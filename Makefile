@@ -1,0 +1,75 @@
+# One command for each thing a developer does. Everything is installed into $(VENV); nothing else on the machine changes.
+#   make demo   make test   make test-apps   make check   make bench
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+SOURCES := $(shell find proxy _speedups plugins -type f ! -name '*.so' ! -name '*.pyc' ! -name '*.c' ! -path '*.egg-info*') \
+	setup.py pyproject.toml MANIFEST.in README.md LICENSE
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-apps check format screenshots bench build clean
+
+help:
+	@echo "make demo         share the bundled sample dashboard and print the link"
+	@echo "make test         build the wheel, install it, run the test-suite against it"
+	@echo "make test-apps    Bokeh, JupyterLab and Streamlit through a tunnel, in a real browser (needs chromium)"
+	@echo "make check        formatting, lint, types, docs, duplicates, import directions"
+	@echo "make format       format the sources"
+	@echo "make bench        benchmarks of the tunnel's core"
+	@echo "make screenshots  renew the pictures in docs/screenshots (needs chromium)"
+	@echo "make build        sdist and wheel in dist/"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Guestpass needs Python 3.11 or newer; set PYTHON=python3.11, say") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+
+# The wheel is built whenever a source changed and installed over the old one, so that tests never see a stale .so.
+$(VENV)/installed: $(BIN)/python $(SOURCES)
+	rm -rf build dist/guestpass-*.whl
+	$(PIP) wheel --no-deps --wheel-dir dist .
+	$(PIP) install dist/guestpass-*.whl
+	$(PIP) install --force-reinstall --no-deps dist/guestpass-*.whl
+	touch $@
+
+define extra
+$(VENV)/extra-$(1): $(VENV)/installed
+	$(PIP) install "$$$$(echo dist/guestpass-*.whl)[$(1)]"
+	touch $$@
+endef
+$(foreach name,test apps check dev,$(eval $(call extra,$(name))))
+
+demo: $(VENV)/installed
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/extra-test
+	$(BIN)/pytest -m "not apps"
+
+test-apps: $(VENV)/extra-test $(VENV)/extra-apps
+	$(BIN)/pytest -m apps tests/apps
+
+screenshots: $(VENV)/extra-test $(VENV)/extra-apps
+	GUESTPASS_SCREENSHOTS=docs/screenshots $(BIN)/pytest -m apps tests/apps
+
+check: $(VENV)/extra-test $(VENV)/extra-check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/cython-lint _speedups
+	$(BIN)/mypy
+	$(BIN)/symilar --duplicates=12 --ignore-imports --ignore-signatures --ignore-docstrings $$(find proxy plugins -name '*.py') | $(BIN)/python tests/checks/duplicates.py
+	$(BIN)/pytest -q tests/checks
+
+format: $(VENV)/extra-check
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/extra-test
+	$(BIN)/python benchmarks/bench_session.py
+
+build: $(VENV)/extra-dev
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
