@@ -1,0 +1,490 @@
+"""The edge, wired together: the only place that knows all of its parts.
+
+`serve(config)` runs one edge until SIGTERM or SIGINT. Start-up order: what can be wrong in the configuration (plugins,
+keys, certificates), the store, then the parts, then the listeners: a fault stops the start, not the first visitor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import secrets
+import signal
+import ssl
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+from aiohttp import web
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from guestpass import config as configuration
+from guestpass.config import EdgeConfig, PluginSection
+from guestpass.edge import headers as h
+from guestpass.edge.admission import Admission
+from guestpass.edge.api import Api
+from guestpass.edge.api import routes as api_routes
+from guestpass.edge.assertion import Signer, write_private
+from guestpass.edge.console import Console
+from guestpass.edge.events import EventHub
+from guestpass.edge.grants import GrantTable
+from guestpass.edge.listener import Listener
+from guestpass.edge.metrics import Metrics
+from guestpass.edge.origins import Origins
+from guestpass.edge.pages import Pages
+from guestpass.edge.plugins import PluginSet
+from guestpass.edge.relay import Relay
+from guestpass.edge.tunnels import Tunnels
+from guestpass.errors import ConfigError, GuestpassError
+from guestpass.model import Revocation, Revoked
+from guestpass.plugin import Client
+from guestpass.shares.bus import Bus
+from guestpass.shares.courier import Courier
+from guestpass.shares.service import ShareService
+from guestpass.shares.store import Store
+from guestpass.tokens import API_KEY_PREFIX, new_secret
+from guestpass_speedups.session import Budget
+
+log = logging.getLogger("guestpass.edge")
+
+# How long an idle keep-alive connection of a visitor stays; nginx's default.
+KEEPALIVE_TIMEOUT = 75.0
+
+# aiohttp's limits for one line of a request head; the whole head is capped by `headers.MAX_HEAD`.
+MAX_LINE = 16 * 1024
+
+# What aiohttp buffers of a request body before it stops reading.
+READ_BUFFER = 128 * 1024
+
+# Grants that idle, expired flows and the like are cleared this often.
+SWEEP_SECONDS = 60.0
+
+RESERVED_PREFIX = "/.guestpass/"
+ASSETS_PREFIX = "/.guestpass/assets/"
+
+# A JSON or form body for our own handlers; shared applications' bodies stream and have no cap.
+MAX_OWN_BODY = 256 * 1024
+
+
+class Edge:
+    """One edge process. `start`, then `drain` and `stop`."""
+
+    def __init__(self, config: EdgeConfig) -> None:
+        self.config = config
+        self._listeners: list[Listener] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._cleanups: list[Callable[[], Awaitable[None]]] = []
+        self._tls: ssl.SSLContext | None = None
+        self._certificate_hash = b""
+        self._draining = False
+
+    async def start(self) -> dict[str, Any]:
+        """Bring everything up; returns the `ready` line. Raises GuestpassError; what was started is undone then."""
+        try:
+            return await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start(self) -> dict[str, Any]:
+        config, edge = self.config, self.config.edge
+        state = config.database.parent
+        try:
+            state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as exc:
+            raise ConfigError(
+                f'{config.file}: cannot make the folder {state}: {exc.strerror} (key "edge.state")'
+            ) from exc
+        self.origins = Origins(edge.public_url, edge.share_domain)
+        self._load_tls()
+        self.metrics = Metrics()
+        self.plugins = PluginSet.load(with_notifiers(config), observe_hook=self.metrics.observe_hook)
+        self.signer = Signer(state / "assertion.key", edge.public_url)
+        api_key, api_key_file = self._api_key(state)
+
+        store = await Store.open(config.database)
+        self._cleanups.append(store.close)
+        self.events = EventHub()
+        bus = Bus()
+        courier = Courier(store, self.plugins.notifiers, emit=self.events.emit)
+        self.service = service = ShareService(
+            store,
+            bus,
+            now=time.time,
+            emit=self.events.emit,
+            notify=courier.enqueue,
+            public_url=edge.public_url,
+            share_origin=self.origins.share_origin,
+            default_owner=edge.owner,
+        )
+        self.grants = GrantTable(touched=service.touch)
+        bus.subscribe(self._revoke)
+        self.tunnels = Tunnels(
+            edge_name=edge.name,
+            find_key=self._find_key,
+            budget=Budget(edge.memory_budget),
+            certificate_hash=self._binding,
+            on_event=self.events.emit,
+            touched=service.seen,
+        )
+        self.pages = Pages(self.origins)
+        self.admission = Admission(
+            config=config,
+            origins=self.origins,
+            service=service,
+            plugins=self.plugins,
+            grants=self.grants,
+            tunnels=self.tunnels,
+            pages=self.pages,
+            events=self.events,
+            metrics=self.metrics,
+        )
+        self.relay = Relay(
+            grants=self.grants,
+            admission=self.admission,
+            tunnels=self.tunnels,
+            plugins=self.plugins,
+            pages=self.pages,
+            signer=self.signer,
+            metrics=self.metrics,
+            share_origin=self.origins.share_origin,
+        )
+        self.metrics.watch(
+            grants=lambda: len(self.grants),
+            streams=lambda: self.grants.all_streams,
+            tunnels=lambda: [(s.site, s.name, s.tunnels, s.rtt) for s in self.tunnels.status()],
+            tunnel_bytes=lambda: (self.tunnels.bytes_received, self.tunnels.bytes_sent),
+        )
+        await self.plugins.start(service=service, events=self.events, notify=courier.enqueue)
+        self._cleanups.append(self.plugins.stop)
+        await courier.start()
+        self._cleanups.append(courier.stop)
+        api = Api(
+            service=service,
+            live=self.grants,
+            gateways=self.tunnels,
+            events=self.events,
+            api_key=api_key,
+            edge_name=edge.name,
+            share_origin=self.origins.share_origin,
+        )
+        console = Console(
+            service=service,
+            live=self.grants,
+            gateways=self.tunnels,
+            pages=self.pages,
+            api_key=api_key,
+            origins=self.origins,
+        )
+        visitor = await self._visitor_app(api, console)
+        admin_url = await self._admin_app()
+        for url in edge.listen:
+            listener = Listener(url, self._tls)
+            await listener.start(visitor, self.tunnels.accept)
+            self._listeners.append(listener)
+        self._tasks.append(asyncio.create_task(self._sweep(), name="sweep"))
+        return {
+            "edge": edge.public_url,
+            "listen": [listener.url for listener in self._listeners],
+            "metrics": f"{admin_url}/metrics",
+            "api": f"{edge.public_url}/api/v1",
+            "outbox": None if config.mail is not None else str(config.resolve(edge.outbox)),
+            "pid": os.getpid(),
+            "api_key_file": str(api_key_file) if api_key_file is not None else None,
+        }
+
+    async def drain(self) -> None:
+        """Stop accepting, tell the gateways, let what runs finish, at most `drain_seconds`."""
+        self._draining = True
+        for listener in self._listeners:
+            listener.close()
+        deadline = time.monotonic() + self.config.edge.drain_seconds
+        while self.grants.all_streams and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        left = self.grants.end_all("edge_stopping")
+        if left:
+            log.info("drain: %d streams were still open after %g s", left, self.config.edge.drain_seconds)
+
+    async def stop(self) -> None:
+        """Undo `start` in reverse order. Never raises."""
+        for listener in self._listeners:
+            listener.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if hasattr(self, "tunnels"):
+            await self.tunnels.close()
+        while self._cleanups:
+            cleanup = self._cleanups.pop()
+            try:
+                await cleanup()
+            except Exception:
+                log.exception("while stopping")
+
+    def reload(self) -> None:
+        """SIGHUP: certificates are read again; a configuration with faults changes nothing. Live streams stay."""
+        try:
+            fresh = configuration.load_edge(self.config.file)
+            if fresh.edge.tls is not None and self._tls is not None:
+                load_certificate(self._tls, fresh, fresh.edge.tls)
+                self._certificate_hash = certificate_hash(fresh.resolve(fresh.edge.tls.cert))
+            elsewhere = sorted(
+                name
+                for name in type(fresh.edge).model_fields
+                if getattr(fresh.edge, name) != getattr(self.config.edge, name)
+            )
+            if elsewhere:
+                log.warning("reload: a restart is needed for changes of: %s", ", ".join(elsewhere))
+            log.info("reloaded %s", self.config.file)
+        except GuestpassError as exc:
+            log.error("reload: %s; nothing was changed", exc)
+
+    # ── parts of start ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _load_tls(self) -> None:
+        tls = self.config.edge.tls
+        if tls is None:
+            return
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["http/1.1"])
+        load_certificate(context, self.config, tls)
+        self._tls = context
+        self._certificate_hash = certificate_hash(self.config.resolve(tls.cert))
+
+    def _binding(self, transport: asyncio.BaseTransport) -> bytes | None:
+        """What a gateway's proof on this connection must be bound to; None where the binding is switched off."""
+        if not self.config.edge.tunnel_binding:
+            return None
+        if self.config.edge.tunnel_certificate_hash is not None:
+            return bytes.fromhex(self.config.edge.tunnel_certificate_hash)
+        return self._certificate_hash if transport.get_extra_info("sslcontext") is not None else b""
+
+    def _api_key(self, state: Path) -> tuple[str, Path | None]:
+        secret = self.config.edge.api_key
+        if secret is not None:
+            return secret.read(self.config.folder), None
+        path = state / "api.key"
+        if not path.exists():
+            write_private(path, new_secret(API_KEY_PREFIX).encode("ascii") + b"\n")
+        return configuration.Secret(file=path.absolute()).read(self.config.folder), path
+
+    async def _find_key(self, site: str, name: str, key: bytes) -> bool:
+        gateway = await self.service.find_gateway(site, name)
+        return gateway is not None and secrets.compare_digest(gateway.public_key, key)
+
+    def _revoke(self, revocation: Revocation) -> Revoked:
+        ended = self.grants.revoke(revocation)
+        if revocation.gateway is not None:
+            self.tunnels.disconnect(*revocation.gateway)
+        self.metrics.revocations.labels(revocation.reason).inc()
+        self.metrics.revocation_seconds.observe(ended.took_ms / 1000)
+        return ended
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            self.grants.sweep()
+            try:
+                await self.service.sweep()
+            except GuestpassError as exc:
+                log.warning("sweep: %s", exc)
+
+    # ── HTTP ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _visitor_app(self, api: Api, console: Console) -> Callable[[], asyncio.BaseProtocol]:
+        app = web.Application(middlewares=[self._front], client_max_size=MAX_OWN_BODY)
+        app.add_routes(self.admission.main_routes())
+        app.add_routes(self.admission.share_routes())
+        app.add_routes(self.pages.asset_routes())
+        app.add_routes(console.console_routes())
+        app.add_routes(api_routes(api))
+        app.router.add_get("/.well-known/jwks.json", self._jwks)
+        runner = web.AppRunner(
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            auto_decompress=False,
+            keepalive_timeout=KEEPALIVE_TIMEOUT,
+            max_line_size=MAX_LINE,
+            max_field_size=MAX_LINE,
+            max_headers=h.MAX_FIELDS,
+            read_bufsize=READ_BUFFER,
+            shutdown_timeout=1.0,
+        )
+        await runner.setup()
+        self._cleanups.append(runner.cleanup)
+        server = runner.server
+        assert server is not None
+        return server
+
+    @web.middleware
+    async def _front(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Every request: refuse what is malformed, find the origin, then the relay or our own pages."""
+        try:
+            return await self._dispatch(request, handler)
+        except h.BadRequest as exc:
+            self.metrics.refused.labels(str(exc.status)).inc()
+            response = self.pages.error(exc.status, request=request, message=exc.reason)
+            response.force_close()
+            return response
+        except web.HTTPException as exc:
+            if exc.status < 400 or request.path.startswith("/api/"):
+                raise
+            return self.pages.error(exc.status, request=request)
+        except (asyncio.CancelledError, ConnectionError):
+            raise
+        except Exception:
+            error_id = secrets.token_hex(4)
+            log.exception("error %s: unexpected", error_id)
+            return self.pages.error(500, request=request, error_id=error_id)
+
+    async def _dispatch(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        target = request.raw_path
+        h.check_request(
+            request.method,
+            target.encode("utf-8", "surrogateescape"),
+            request.raw_headers,
+            http11=request.version >= (1, 1),
+        )
+        peer = (
+            str((request.transport.get_extra_info("peername") or ("",))[0])
+            if request.transport is not None
+            else ""
+        )
+        address = h.client_address(peer, request.raw_headers, self.config.edge.trusted_proxies)
+        request["client"] = Client(address, request.headers.get("User-Agent", "")[:200])
+        # A trusted proxy ends TLS for us; what it was spoken to as is our public scheme.
+        request["scheme"] = "https" if request.secure else self.origins.scheme if address != peer else "http"
+        share_id = self.origins.share_of(request.host)
+        if share_id is not None:
+            request["share_id"] = share_id
+            if not target.startswith(RESERVED_PREFIX):
+                return await self.relay.handle(request, share_id)
+        elif not self.origins.is_main(request.host):
+            raise h.BadRequest("no such host here", 421)
+        elif target.startswith(RESERVED_PREFIX) and not target.startswith(ASSETS_PREFIX):
+            raise web.HTTPNotFound
+        return await handler(request)
+
+    async def _jwks(self, request: web.Request) -> web.Response:
+        return web.Response(
+            body=orjson.dumps(self.signer.jwks),
+            content_type="application/json",
+            headers={"Cache-Control": "public, max-age=300"},
+        )
+
+    async def _admin_app(self) -> str:
+        host, _ = _host_port(self.config.edge.admin_listen)
+        allowed = {"localhost", "127.0.0.1", "[::1]", host.lower()}
+
+        @web.middleware
+        async def known_host(
+            request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+        ) -> web.StreamResponse:
+            # A web page that resolves its own name to this address must not read the metrics (DNS rebinding).
+            if request.host.rpartition(":")[0].lower() not in allowed and request.host.lower() not in allowed:
+                return web.Response(status=421, text="no such host here\n")
+            return await handler(request)
+
+        app = web.Application(middlewares=[known_host])
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/healthz", self._healthz)
+        app.router.add_get("/readyz", self._readyz)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        self._cleanups.append(runner.cleanup)
+        server = runner.server
+        assert server is not None
+        listener = Listener(f"http://{self.config.edge.admin_listen}", None)
+        await listener.start(server, lambda transport, head, rest: transport.abort())
+        self._listeners.append(listener)
+        return listener.url
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(
+            body=generate_latest(self.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
+        )
+
+    async def _healthz(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _readyz(self, request: web.Request) -> web.Response:
+        faults: dict[str, str] = dict(self.plugins.health())
+        if self._draining:
+            faults["edge"] = "draining"
+        return web.json_response(
+            {"status": "not ready" if faults else "ready", "faults": faults}, status=503 if faults else 200
+        )
+
+
+def with_notifiers(config: EdgeConfig) -> EdgeConfig:
+    """The configuration with the notifier that `[mail]`, or its absence, implies when none is named."""
+    if config.notify:
+        return config
+    if config.mail is not None:
+        settings: dict[str, Any] = {"url": config.mail.smtp, "sender": config.mail.sender}
+        if config.mail.password is not None:
+            settings["password"] = config.mail.password.read(config.folder)
+        section = PluginSection(use="smtp", **settings)
+    else:
+        section = PluginSection(use="outbox", folder=str(config.resolve(config.edge.outbox)))
+    return config.model_copy(update={"notify": (section,)})
+
+
+def load_certificate(context: ssl.SSLContext, config: EdgeConfig, tls: configuration.Tls) -> None:
+    """Raises ConfigError that names the file."""
+    cert, key = config.resolve(tls.cert), config.resolve(tls.key)
+    for path in (cert, key):
+        if not path.is_file():
+            raise ConfigError(f'{config.file}: there is no file {path} (key "edge.tls")')
+    try:
+        context.load_cert_chain(cert, key)
+    except (ssl.SSLError, OSError) as exc:
+        raise ConfigError(
+            f'{config.file}: {cert} and {key} do not load: {exc} (key "edge.tls")',
+            hint="Both are PEM, the key belongs to the first certificate and has no pass phrase.",
+        ) from exc
+
+
+def certificate_hash(path: Path) -> bytes:
+    """`tls-server-end-point` (RFC 5929) of the first certificate in a PEM file."""
+    certificate = x509.load_pem_x509_certificates(path.read_bytes())[0]
+    algorithm = certificate.signature_hash_algorithm
+    name = "sha256" if algorithm is None or algorithm.name in ("md5", "sha1") else algorithm.name
+    return hashlib.new(name, certificate.public_bytes(serialization.Encoding.DER)).digest()
+
+
+def _host_port(value: str) -> tuple[str, int]:
+    parts = urlsplit("//" + value)
+    return parts.hostname or "", parts.port or 0
+
+
+async def serve(config: EdgeConfig, *, ready: Callable[[dict[str, Any]], None]) -> None:
+    """Run an edge until SIGTERM or SIGINT; SIGHUP reloads. Raises GuestpassError when it cannot start."""
+    running = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    edge = Edge(config)
+    line = await edge.start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        running.add_signal_handler(number, stop.set)
+    running.add_signal_handler(signal.SIGHUP, edge.reload)
+    try:
+        ready(line)
+        await stop.wait()
+        await edge.drain()
+    finally:
+        with contextlib.suppress(asyncio.CancelledError):
+            await edge.stop()

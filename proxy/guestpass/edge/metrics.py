@@ -1,0 +1,99 @@
+"""The edge's Prometheus metrics. No label holds an email address, a path or a share's id."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+
+class Metrics:
+    """Counters that the edge's parts increase; `watch` adds what is read when somebody asks."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = Counter(
+            "guestpass_requests",
+            "Requests answered on share origins",
+            ("service", "code_class", "lane"),
+            registry=self.registry,
+        )
+        self.request_seconds = Histogram(
+            "guestpass_request_seconds",
+            "From the request head to the last byte of the response (upgraded connections are not counted)",
+            registry=self.registry,
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60),
+        )
+        self.admissions = Counter(
+            "guestpass_admissions", "Sessions asked for", ("plugin", "outcome"), registry=self.registry
+        )
+        self.revocations = Counter(
+            "guestpass_revocations", "Revocations carried out", ("reason",), registry=self.registry
+        )
+        self.revocation_seconds = Histogram(
+            "guestpass_revocation_seconds",
+            "From the durable revocation to the last stream ended",
+            registry=self.registry,
+            buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1),
+        )
+        self.plugin_seconds = Histogram(
+            "guestpass_plugin_seconds", "Time in a plugin's hook", ("plugin", "hook"), registry=self.registry
+        )
+        self.plugin_errors = Counter(
+            "guestpass_plugin_errors",
+            "Hooks that raised or overran",
+            ("plugin", "hook"),
+            registry=self.registry,
+        )
+        self.refused = Counter(
+            "guestpass_refused", "Requests refused before any lane", ("status",), registry=self.registry
+        )
+
+    def observe_hook(self, plugin: str, hook: str, seconds: float, error: bool) -> None:
+        self.plugin_seconds.labels(plugin, hook).observe(seconds)
+        if error:
+            self.plugin_errors.labels(plugin, hook).inc()
+
+    def watch(
+        self,
+        *,
+        grants: Callable[[], int],
+        streams: Callable[[], int],
+        tunnels: Callable[[], Iterable[tuple[str, str, int, float | None]]],
+        tunnel_bytes: Callable[[], tuple[int, int]],
+    ) -> None:
+        """`tunnels` yields (site, gateway, tunnels, rtt in seconds); `tunnel_bytes` gives (received, sent)."""
+        Gauge("guestpass_grants", "Grants in force", registry=self.registry).set_function(grants)
+        Gauge("guestpass_streams", "Live streams", registry=self.registry).set_function(streams)
+        self.registry.register(_Tunnels(tunnels, tunnel_bytes))
+
+
+class _Tunnels(Collector):
+    def __init__(
+        self,
+        tunnels: Callable[[], Iterable[tuple[str, str, int, float | None]]],
+        tunnel_bytes: Callable[[], tuple[int, int]],
+    ) -> None:
+        self._tunnels = tunnels
+        self._bytes = tunnel_bytes
+
+    def collect(self) -> Iterable[Metric]:
+        count = GaugeMetricFamily("guestpass_tunnels", "Tunnels by gateway", labels=("site", "gateway"))
+        rtt = GaugeMetricFamily(
+            "guestpass_tunnel_rtt_seconds",
+            "Round-trip time, best of the gateway's tunnels",
+            labels=("site", "gateway"),
+        )
+        for site, gateway, tunnels, seconds in self._tunnels():
+            count.add_metric((site, gateway), tunnels)
+            if seconds is not None:
+                rtt.add_metric((site, gateway), seconds)
+        received, sent = self._bytes()
+        total = CounterMetricFamily("guestpass_tunnel_bytes", "Bytes through tunnels", labels=("direction",))
+        total.add_metric(("received",), received)
+        total.add_metric(("sent",), sent)
+        return (count, rtt, total)

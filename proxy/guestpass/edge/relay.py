@@ -1,0 +1,551 @@
+"""The relay: one request of a visitor through a tunnel stream and its response back, on aiohttp.
+
+This is the reference path, correct for every legal request. aiohttp parses the visitor's requests and owns the
+connection; the response is written here, byte for byte as the application sent it but for the head (see `headers`),
+so that nothing is added, buffered or re-encoded on the way.
+
+Order of things, for every request on a share's origin:
+
+1. who: the session cookie or bearer token finds a grant, or the control plane makes one;
+2. may it: cross-site check, the share's scope, the filters;
+3. where: the session's gateway, or another one if that is gone;
+4. OPEN; the request body is pumped by a task of its own, the response by the handler's;
+5. a `Live` entry in the grant from before OPEN to the last byte: revocation ends it from outside at any moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+
+from guestpass import scope
+from guestpass.edge import headers as h
+from guestpass.edge.grants import Grant, GrantTable
+from guestpass.errors import Forbidden, NoGateway, NotFound, PluginFailed, ShareEnded, Unauthorized
+from guestpass.loop import abort_now
+from guestpass.model import SessionKind
+from guestpass.mux.stream import StreamReset, TunnelStream
+from guestpass.plugin import Denied, RequestContext
+from guestpass.tokens import BEARER_PREFIX, digest
+from guestpass_speedups.session import ErrorCode, StreamRefused
+
+if TYPE_CHECKING:
+    from guestpass.edge.admission import Admission
+    from guestpass.edge.assertion import Signer
+    from guestpass.edge.metrics import Metrics
+    from guestpass.edge.pages import Pages
+    from guestpass.edge.plugins import PluginSet
+    from guestpass.edge.tunnels import Tunnels
+
+log = logging.getLogger("guestpass.edge.relay")
+
+# How long an application may take to begin its answer. Long polling answers within a minute or two; reports that are
+# computed on request take longer.
+RESPONSE_TIMEOUT = 300.0
+
+# A request may be offered to so many gateways before the visitor is told.
+MAX_ATTEMPTS = 3
+
+# After this many bytes from the visitor wait for an upgraded stream, reading pauses.
+UPGRADE_BUFFER = 64 * 1024
+
+# How long the application may go on sending after the visitor closed an upgraded connection.
+HALF_CLOSED_TIMEOUT = 10.0
+
+# What browsers wait before they try again when no gateway is there.
+RETRY_AFTER = 5
+
+# Stream errors before a response began, and what the visitor is told.
+STATUS_OF_RESET = {
+    ErrorCode.REFUSED: 403,
+    ErrorCode.TIMEOUT: 504,
+    ErrorCode.UNREACHABLE: 502,
+    ErrorCode.BAD_UPSTREAM: 502,
+    ErrorCode.OVERLOADED: 503,
+}
+
+# Codes that say the gateway or its tunnel went away before the request had any effect.
+GATEWAY_WENT = frozenset(
+    (ErrorCode.DRAINING, ErrorCode.REPLACED, ErrorCode.TIMEOUT, ErrorCode.INTERNAL_ERROR)
+)
+
+
+class RelayResponse(web.StreamResponse):
+    """What the relay returns to aiohttp: everything was written already, only the connection's fate is left."""
+
+    def __init__(self, status: int, *, keep_alive: bool) -> None:
+        super().__init__(status=status)
+        self._relay_keep_alive = keep_alive
+
+    @property
+    def keep_alive(self) -> bool:
+        return self._relay_keep_alive
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        return None
+
+
+class _ResponseBroken(Exception):
+    """The response cannot be finished after its head went out; the visitor's connection is cut so that they see it."""
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """A request under way, as the grant table sees it."""
+
+    grant: Grant
+    request: web.Request
+    task: asyncio.Task[Any]
+    stream: TunnelStream | None = None
+    ended: str = ""
+
+    def end(self, reason: str) -> None:
+        """Nothing more reaches the visitor: the socket is reset with what it had queued, then the rest is undone."""
+        self.ended = reason
+        transport = self.request.transport
+        if transport is not None:
+            abort_now(transport)
+        if self.stream is not None:
+            self.stream.reset(ErrorCode.REVOKED)
+        self.task.cancel()
+
+
+class Relay:
+    """Serves share origins. One instance per worker."""
+
+    def __init__(
+        self,
+        *,
+        grants: GrantTable,
+        admission: Admission,
+        tunnels: Tunnels,
+        plugins: PluginSet,
+        pages: Pages,
+        signer: Signer,
+        metrics: Metrics,
+        share_origin: Callable[[str], str],
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._grants = grants
+        self._admission = admission
+        self._tunnels = tunnels
+        self._plugins = plugins
+        self._pages = pages
+        self._signer = signer
+        self._metrics = metrics
+        self._share_origin = share_origin
+        self._now = now
+
+    async def handle(self, request: web.Request, share_id: str) -> web.StreamResponse:
+        """Answer one request on the origin of `share_id`. `request["client"]` is set."""
+        start = time.perf_counter()
+        answer = await self._admit(request, share_id)
+        if isinstance(answer, web.StreamResponse):
+            self._count("-", answer.status, None)
+            return answer
+        grant, context = answer
+        response = await self._exchange(request, grant, context)
+        upgraded = response.status == 101
+        self._count(grant.service, response.status, None if upgraded else time.perf_counter() - start)
+        return response
+
+    def _count(self, service: str, status: int, seconds: float | None) -> None:
+        self._metrics.requests.labels(service, f"{status // 100}xx", "aiohttp").inc()
+        if seconds is not None:
+            self._metrics.request_seconds.observe(seconds)
+
+    # ── who and may it ───────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _admit(
+        self, request: web.Request, share_id: str
+    ) -> web.StreamResponse | tuple[Grant, RequestContext]:
+        raw = request.raw_headers
+        token = h.bearer(raw, BEARER_PREFIX)
+        secret = token or h.cookie(raw, h.SESSION_COOKIE)
+        kind = SessionKind.TOKEN if token else SessionKind.COOKIE
+        if not secret:
+            return await self._admission.challenge(request, share_id)
+        grant = self._grants.get(kind, digest(secret), share_id)
+        if grant is None:
+            try:
+                grant = await self._admission.restore(share_id, kind, secret, request)
+            except Unauthorized:
+                if token:
+                    return self._pages.error(401, request=request, headers={"WWW-Authenticate": "Bearer"})
+                return await self._admission.challenge(request, share_id)
+            except ShareEnded:
+                return self._pages.error(410, request=request, headers=self._clear(request))
+            except NotFound:
+                return self._pages.error(421, request=request)
+            except NoGateway as exc:
+                return self._problem(request, 503, f"share {share_id}: {exc}", retry_after=RETRY_AFTER)
+            except PluginFailed as exc:
+                return self._pages.error(503, request=request, error_id=exc.error_id)
+            except Forbidden as exc:
+                return self._pages.error(403, request=request, message=exc.message)
+        if kind is SessionKind.COOKIE and not self._same_origin(request, share_id):
+            return self._pages.error(403, request=request, message="The request came from another site.")
+        target = request.raw_path
+        if grant.share.scope and not scope.admits(grant.share.scope, request.method, target):
+            return self._pages.error(403, request=request, message="This is not part of what was shared.")
+        context = RequestContext(
+            method=request.method,
+            path=target,
+            headers=[(k.decode("latin-1"), v.decode("latin-1")) for k, v in raw]
+            if self._plugins.filters
+            else (),
+            client=request["client"],
+            share=grant.share,
+            session=grant.session,
+            at=self._now(),
+        )
+        return grant, context
+
+    def _clear(self, request: web.Request) -> dict[str, str]:
+        return (
+            {"Clear-Site-Data": '"cache", "cookies", "storage"'}
+            if "Sec-Fetch-Mode" in request.headers
+            else {}
+        )
+
+    def _same_origin(self, request: web.Request, share_id: str) -> bool:
+        """Shares of one domain are same-site, so cookies alone prove nothing on unsafe methods and upgrades."""
+        if request.method in h.SAFE_METHODS and not h.values(request.raw_headers, b"upgrade"):
+            return True
+        origins = h.values(request.raw_headers, b"origin")
+        if origins:
+            return len(origins) == 1 and origins[0].decode("latin-1") == self._share_origin(share_id)
+        return request.headers.get("Sec-Fetch-Site") in ("same-origin", "none")
+
+    # ── where ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _exchange(
+        self, request: web.Request, grant: Grant, context: RequestContext
+    ) -> web.StreamResponse:
+        upgrade = self._is_upgrade(request)
+        inject = h.forwarded_fields(context.client.address, request["scheme"], request.host.encode("latin-1"))
+        inject += self._signer.fields(grant, context.at)
+        source: h.RawHeaders = request.raw_headers
+        if self._plugins.filters:
+            try:
+                edits = await self._plugins.on_request(context)
+            except Denied as exc:
+                return self._pages.error(403, request=request, message=str(exc))
+            except PluginFailed as exc:
+                return self._pages.error(503, request=request, error_id=exc.error_id)
+            if edits is not None:
+                removed = {name.lower().encode("latin-1") for name in edits.remove}
+                source = [(k, v) for k, v in source if k.lower() not in removed]
+                inject += b"".join(f"{k}: {v}\r\n".encode("latin-1") for k, v in edits.add)
+        try:
+            head = h.request_head(
+                request.method,
+                request.raw_path.encode("utf-8", "surrogateescape"),
+                source,
+                inject=inject,
+                bearer_prefix=BEARER_PREFIX.encode("ascii"),
+                upgrade=upgrade,
+            )
+        except h.BadRequest as exc:
+            return self._pages.error(exc.status, request=request)
+
+        task = asyncio.current_task()
+        assert task is not None
+        live = Live(grant, request, task)
+        grant.streams.add(live)
+        try:
+            return await self._with_retries(request, live, head, upgrade=upgrade)
+        except _ResponseBroken as exc:
+            log.info("share %s: response cut: %s", grant.share.id, exc)
+            if request.transport is not None:
+                request.transport.abort()
+            return RelayResponse(502, keep_alive=False)
+        finally:
+            live.grant.streams.discard(live)
+            if live.stream is not None:
+                live.stream.reset(ErrorCode.CANCEL)
+
+    @staticmethod
+    def _is_upgrade(request: web.Request) -> bool:
+        """Only what aiohttp's parser also took for an upgrade: then it hands us the bytes that follow."""
+        return (
+            request.method == "GET"
+            and request.version >= (1, 1)
+            and b"upgrade" in h.nominated(request.raw_headers)
+            and [v.strip(b" \t").lower() for v in h.values(request.raw_headers, b"upgrade")] == [b"websocket"]
+        )
+
+    async def _with_retries(
+        self, request: web.Request, live: Live, head: bytes, *, upgrade: bool
+    ) -> web.StreamResponse:
+        grant = live.grant
+        bodiless = not request.body_exists and not upgrade
+        tried: set[str] = set()
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            try:
+                gateway = await self._gateway(grant, tried)
+                if live.ended or not self._grants.is_live(grant):
+                    return self._pages.error(410, request=request)
+                live.stream = self._tunnels.open(grant.site, gateway, grant.service, head, fin=bodiless)
+                return await self._serve(
+                    request, live, upgrade=upgrade, has_body=not bodiless and not upgrade
+                )
+            except NoGateway as exc:
+                return self._problem(request, 503, f"{grant.site}: {exc}", retry_after=RETRY_AFTER)
+            except StreamRefused as exc:
+                tried.add(gateway)
+                if attempt == MAX_ATTEMPTS or exc.code is ErrorCode.OVERLOADED:
+                    return self._problem(
+                        request, 503, f"{grant.site}/{gateway}: {exc.reason}", retry_after=RETRY_AFTER
+                    )
+            except StreamReset as exc:
+                stream = live.stream
+                assert stream is not None
+                untouched = not stream.acknowledged and bodiless and request.method in h.IDEMPOTENT_METHODS
+                connected = self._tunnels.is_connected(grant.site, gateway)
+                if untouched and attempt < MAX_ATTEMPTS and (not connected or exc.code in GATEWAY_WENT):
+                    tried.add(gateway)
+                    continue
+                status = STATUS_OF_RESET.get(ErrorCode(exc.code), 502)
+                return self._problem(
+                    request, status, f"{grant.site}/{gateway}/{grant.service}: {ErrorCode(exc.code).name}"
+                )
+        raise AssertionError("the last attempt returns")
+
+    async def _gateway(self, grant: Grant, tried: set[str]) -> str:
+        """The session's gateway; chosen anew when that one is gone, unwell or was tried. Raises NoGateway."""
+        name = grant.gateway
+        if name is not None and name not in tried and self._tunnels.is_connected(grant.site, name):
+            well = {candidate.name for candidate in self._tunnels.candidates(grant.site, grant.service)}
+            if (
+                name in well or not well
+            ):  # when nobody's service is well, let the gateway say what is wrong with it
+                return name
+        chosen = await self._admission.choose_gateway(grant.share, grant.session, exclude=frozenset(tried))
+        self._grants.move(grant, chosen)
+        return chosen
+
+    def _problem(
+        self, request: web.Request, status: int, what: str, *, retry_after: int | None = None
+    ) -> web.StreamResponse:
+        error_id = secrets.token_hex(4)
+        log.warning("error %s: %d: %s", error_id, status, what)
+        return self._pages.error(status, error_id=error_id, request=request, retry_after=retry_after)
+
+    # ── the exchange ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _serve(
+        self, request: web.Request, live: Live, *, upgrade: bool, has_body: bool
+    ) -> web.StreamResponse:
+        stream = live.stream
+        assert stream is not None
+        pump: asyncio.Task[None] | None = None
+        if has_body:
+            pump = asyncio.create_task(_pump_request(request, stream))
+        try:
+            head = await self._response_head(request, stream, upgrade=upgrade)
+            if head.status == 101:
+                return await _serve_upgraded(request, stream, head)
+            complete = pump is None or pump.done()
+            return await self._respond(request, stream, head, keep_alive=request.keep_alive and complete)
+        except h.BadResponse as exc:
+            stream.reset(ErrorCode.PROTOCOL_ERROR)
+            return self._problem(request, 502, f"{live.grant.site}/{live.grant.service}: {exc}")
+        finally:
+            if pump is not None:
+                pump.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await pump
+
+    async def _response_head(
+        self, request: web.Request, stream: TunnelStream, *, upgrade: bool
+    ) -> h.ResponseHead:
+        """The final response head; interim ones (1xx) are passed on. Raises BadResponse, StreamReset."""
+        try:
+            async with asyncio.timeout(RESPONSE_TIMEOUT):
+                while True:
+                    received = await stream.head()
+                    head = h.parse_response(received.data, upgrade=upgrade)
+                    if head.status == 101 and not (upgrade and not received.interim):
+                        raise h.BadResponse("101 without an upgrade")
+                    if head.interim != received.interim:
+                        raise h.BadResponse("a final status in an interim head, or the other way round")
+                    if not head.interim:
+                        return head
+                    # aiohttp has answered Expect: 100-continue already, and HTTP/1.0 knows no interim responses.
+                    if head.status != 100 and request.version >= (1, 1):
+                        await _write(request, h.response_head(head, b"", close=False))
+        except TimeoutError:
+            stream.reset(ErrorCode.TIMEOUT)
+            raise StreamReset(ErrorCode.TIMEOUT) from None
+
+    async def _respond(
+        self, request: web.Request, stream: TunnelStream, head: h.ResponseHead, *, keep_alive: bool
+    ) -> web.StreamResponse:
+        """Write the final response; the edge frames the body itself and cuts what does not add up."""
+        bodiless = request.method == "HEAD" or head.status in h.NO_BODY_STATUS
+        http11 = request.version >= (1, 1)
+        first = b""
+        if not bodiless and head.length is None:
+            # Whether there is a body at all is known by the first read; it comes with the head when it is short.
+            first = await self._read(stream)
+        chunked = False
+        if head.status == 204:
+            framing = b""
+        elif bodiless:
+            framing = b"" if head.length is None else b"Content-Length: %d\r\n" % head.length
+        elif head.length is not None:
+            framing = b"Content-Length: %d\r\n" % head.length
+        elif not first:
+            framing = b"Content-Length: 0\r\n"
+        elif http11:
+            framing, chunked = b"Transfer-Encoding: chunked\r\n", True
+        else:
+            framing, keep_alive = b"", False
+        out = h.response_head(head, framing, close=not keep_alive and http11)
+        if not http11 and keep_alive:
+            out = out[:-2] + b"Connection: keep-alive\r\n\r\n"
+        if chunked:
+            out += _chunk(first)
+        elif first:
+            out += first
+        await _write(request, out)
+
+        counted = len(first)
+        ended = head.length is None and not first and not bodiless
+        while not ended:
+            data = await self._read(stream)
+            if not data:
+                break
+            counted += len(data)
+            if bodiless or (head.length is not None and counted > head.length):
+                stream.reset(ErrorCode.PROTOCOL_ERROR)
+                raise _ResponseBroken("more bytes than the head promised")
+            await _write(request, _chunk(data) if chunked else data)
+        if head.length is not None and not bodiless and counted < head.length:
+            raise _ResponseBroken("fewer bytes than the head promised")
+        if chunked:
+            await _write(request, b"0\r\n\r\n")
+        return RelayResponse(head.status, keep_alive=keep_alive)
+
+    @staticmethod
+    async def _read(stream: TunnelStream) -> bytes:
+        try:
+            return await stream.read()
+        except StreamReset as exc:
+            raise _ResponseBroken(f"the stream was reset: {ErrorCode(exc.code).name}") from exc
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+async def _write(request: web.Request, data: bytes) -> None:
+    """To the visitor; waits while the transport's buffer is over its high-water mark."""
+    try:
+        await request.writer.write(data)
+    except ConnectionError as exc:
+        raise _ResponseBroken("the visitor went away") from exc
+
+
+async def _pump_request(request: web.Request, stream: TunnelStream) -> None:
+    """The visitor's request body into the stream, in bounded memory."""
+    try:
+        while data := await request.content.readany():
+            await stream.write(data)
+        stream.finish()
+    except StreamReset:
+        return  # the response side sees it too, and answers
+    except Exception:  # the visitor's body broke off or was malformed: aiohttp raises several kinds
+        stream.reset(ErrorCode.CANCEL)
+
+
+# ── upgraded connections ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Opaque:
+    """Takes the visitor's bytes after the 101 from aiohttp's protocol (its payload parser interface)."""
+
+    def __init__(self, pause: Callable[[], None], resume: Callable[[], None]) -> None:
+        self._pause = pause
+        self._resume = resume
+        self._queue: deque[bytes] = deque()
+        self._size = 0
+        self._paused = False
+        self._eof = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def feed_data(self, data: bytes) -> tuple[bool, bytes]:
+        self._queue.append(bytes(data))
+        self._size += len(data)
+        if self._size > UPGRADE_BUFFER and not self._paused:
+            self._paused = True
+            self._pause()
+        self._wake()
+        return False, b""
+
+    def feed_eof(self) -> None:
+        self._eof = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def read(self) -> bytes:
+        """What has come since; b"" when the visitor closed."""
+        while not self._queue and not self._eof:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        data = b"".join(self._queue)
+        self._queue.clear()
+        self._size = 0
+        if self._paused and not self._eof:
+            self._paused = False
+            self._resume()
+        return data
+
+
+async def _serve_upgraded(
+    request: web.Request, stream: TunnelStream, head: h.ResponseHead
+) -> web.StreamResponse:
+    """Opaque bytes in both directions until either side ends."""
+    protocol = request.protocol
+    visitor = _Opaque(protocol.pause_reading, protocol.resume_reading)
+    await _write(request, h.response_head(head, b"", close=False))
+    protocol.set_parser(visitor)  # type: ignore[arg-type]
+
+    async def upstream() -> None:
+        while data := await visitor.read():
+            await stream.write(data)
+        stream.finish()
+
+    async def downstream() -> None:
+        while data := await stream.read():
+            await _write(request, data)
+
+    up = asyncio.create_task(upstream())
+    down = asyncio.create_task(downstream())
+    try:
+        # The application's end is the end; after the visitor's end the application's last bytes still go through.
+        await asyncio.wait((up, down), return_when=asyncio.FIRST_COMPLETED)
+        if not down.done():
+            await asyncio.wait((down,), timeout=HALF_CLOSED_TIMEOUT)
+    finally:
+        up.cancel()
+        down.cancel()
+        await asyncio.gather(up, down, return_exceptions=True)
+    return RelayResponse(101, keep_alive=False)
