@@ -1,0 +1,1 @@
+"""Notifiers: bring a message to its recipient."""
