@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
 import secrets
@@ -22,8 +21,6 @@ from urllib.parse import urlsplit
 
 import orjson
 from aiohttp import web
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from guestpass import config as configuration
@@ -36,13 +33,14 @@ from guestpass.edge.assertion import Signer, write_private
 from guestpass.edge.console import Console
 from guestpass.edge.events import EventHub
 from guestpass.edge.grants import GrantTable
+from guestpass.edge.keys import CLIENT, SCHEME, SHARE_ID
 from guestpass.edge.listener import Listener
 from guestpass.edge.metrics import Metrics
 from guestpass.edge.origins import Origins
 from guestpass.edge.pages import Pages
 from guestpass.edge.plugins import PluginSet
 from guestpass.edge.relay import Relay
-from guestpass.edge.tunnels import Tunnels
+from guestpass.edge.tunnels import Tunnels, own_certificate_hash
 from guestpass.errors import ConfigError, GuestpassError
 from guestpass.model import Revocation, Revoked
 from guestpass.plugin import Client
@@ -61,11 +59,17 @@ KEEPALIVE_TIMEOUT = 75.0
 # aiohttp's limits for one line of a request head; the whole head is capped by `headers.MAX_HEAD`.
 MAX_LINE = 16 * 1024
 
+# A request that was answered before its body came: what is still read of it so that the answer arrives, in seconds.
+LINGER = 2.0
+
 # What aiohttp buffers of a request body before it stops reading.
 READ_BUFFER = 128 * 1024
 
 # Grants that idle, expired flows and the like are cleared this often.
 SWEEP_SECONDS = 60.0
+
+# How often a drain looks whether the last stream has ended.
+DRAIN_POLL = 0.05
 
 RESERVED_PREFIX = "/.guestpass/"
 ASSETS_PREFIX = "/.guestpass/assets/"
@@ -80,6 +84,7 @@ class Edge:
     def __init__(self, config: EdgeConfig) -> None:
         self.config = config
         self._listeners: list[Listener] = []
+        self._admin: Listener | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._cleanups: list[Callable[[], Awaitable[None]]] = []
         self._tls: ssl.SSLContext | None = None
@@ -120,11 +125,11 @@ class Edge:
             bus,
             now=time.time,
             emit=self.events.emit,
-            notify=courier.enqueue,
             public_url=edge.public_url,
             share_origin=self.origins.share_origin,
             default_owner=edge.owner,
         )
+        self._cleanups.append(service.close)
         self.grants = GrantTable(touched=service.touch)
         bus.subscribe(self._revoke)
         self.tunnels = Tunnels(
@@ -163,7 +168,14 @@ class Edge:
             tunnels=lambda: [(s.site, s.name, s.tunnels, s.rtt) for s in self.tunnels.status()],
             tunnel_bytes=lambda: (self.tunnels.bytes_received, self.tunnels.bytes_sent),
         )
-        await self.plugins.start(service=service, events=self.events, notify=courier.enqueue)
+        await self.plugins.start(
+            service,
+            self.events,
+            notify=courier.enqueue,
+            revoke=bus.publish,
+            fail_closed=self.grants.end_all,
+            secret=_secret_file(state / "plugins.key").encode("ascii"),
+        )
         self._cleanups.append(self.plugins.stop)
         await courier.start()
         self._cleanups.append(courier.stop)
@@ -206,22 +218,27 @@ class Edge:
         self._draining = True
         for listener in self._listeners:
             listener.close()
-        deadline = time.monotonic() + self.config.edge.drain_seconds
+        seconds = self.config.edge.drain_seconds
+        deadline = time.monotonic() + seconds
         while self.grants.all_streams and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(DRAIN_POLL)
         left = self.grants.end_all("edge_stopping")
         if left:
-            log.info("drain: %d streams were still open after %g s", left, self.config.edge.drain_seconds)
+            log.info("drain: %d streams were still open after %g s", left, seconds)
 
     async def stop(self) -> None:
         """Undo `start` in reverse order. Never raises."""
         for listener in self._listeners:
             listener.close()
+        if self._admin is not None:
+            self._admin.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if hasattr(self, "tunnels"):
-            await self.tunnels.close()
+            self.tunnels.close()
+        if hasattr(self, "events"):
+            self.events.close()  # or who listens to them would hold up the server's end
         while self._cleanups:
             cleanup = self._cleanups.pop()
             try:
@@ -235,7 +252,7 @@ class Edge:
             fresh = configuration.load_edge(self.config.file)
             if fresh.edge.tls is not None and self._tls is not None:
                 load_certificate(self._tls, fresh, fresh.edge.tls)
-                self._certificate_hash = certificate_hash(fresh.resolve(fresh.edge.tls.cert))
+                self._certificate_hash = own_certificate_hash(fresh.resolve(fresh.edge.tls.cert))
             elsewhere = sorted(
                 name
                 for name in type(fresh.edge).model_fields
@@ -258,7 +275,7 @@ class Edge:
         context.set_alpn_protocols(["http/1.1"])
         load_certificate(context, self.config, tls)
         self._tls = context
-        self._certificate_hash = certificate_hash(self.config.resolve(tls.cert))
+        self._certificate_hash = own_certificate_hash(self.config.resolve(tls.cert))
 
     def _binding(self, transport: asyncio.BaseTransport) -> bytes | None:
         """What a gateway's proof on this connection must be bound to; None where the binding is switched off."""
@@ -273,9 +290,7 @@ class Edge:
         if secret is not None:
             return secret.read(self.config.folder), None
         path = state / "api.key"
-        if not path.exists():
-            write_private(path, new_secret(API_KEY_PREFIX).encode("ascii") + b"\n")
-        return configuration.Secret(file=path.absolute()).read(self.config.folder), path
+        return _secret_file(path, API_KEY_PREFIX), path
 
     async def _find_key(self, site: str, name: str, key: bytes) -> bool:
         gateway = await self.service.find_gateway(site, name)
@@ -318,6 +333,7 @@ class Edge:
             max_field_size=MAX_LINE,
             max_headers=h.MAX_FIELDS,
             read_bufsize=READ_BUFFER,
+            lingering_time=LINGER,
             shutdown_timeout=1.0,
         )
         await runner.setup()
@@ -365,12 +381,12 @@ class Edge:
             else ""
         )
         address = h.client_address(peer, request.raw_headers, self.config.edge.trusted_proxies)
-        request["client"] = Client(address, request.headers.get("User-Agent", "")[:200])
+        request[CLIENT] = Client(address, request.headers.get("User-Agent", "")[:200])
         # A trusted proxy ends TLS for us; what it was spoken to as is our public scheme.
-        request["scheme"] = "https" if request.secure else self.origins.scheme if address != peer else "http"
+        request[SCHEME] = "https" if request.secure else self.origins.scheme if address != peer else "http"
         share_id = self.origins.share_of(request.host)
         if share_id is not None:
-            request["share_id"] = share_id
+            request[SHARE_ID] = share_id
             if not target.startswith(RESERVED_PREFIX):
                 return await self.relay.handle(request, share_id)
         elif not self.origins.is_main(request.host):
@@ -410,7 +426,7 @@ class Edge:
         assert server is not None
         listener = Listener(f"http://{self.config.edge.admin_listen}", None)
         await listener.start(server, lambda transport, head, rest: transport.abort())
-        self._listeners.append(listener)
+        self._admin = listener
         return listener.url
 
     async def _metrics(self, request: web.Request) -> web.Response:
@@ -440,7 +456,7 @@ def with_notifiers(config: EdgeConfig) -> EdgeConfig:
             settings["password"] = config.mail.password.read(config.folder)
         section = PluginSection(use="smtp", **settings)
     else:
-        section = PluginSection(use="outbox", folder=str(config.resolve(config.edge.outbox)))
+        section = PluginSection(use="outbox", folder=str(config.resolve(config.edge.outbox).absolute()))
     return config.model_copy(update={"notify": (section,)})
 
 
@@ -459,12 +475,11 @@ def load_certificate(context: ssl.SSLContext, config: EdgeConfig, tls: configura
         ) from exc
 
 
-def certificate_hash(path: Path) -> bytes:
-    """`tls-server-end-point` (RFC 5929) of the first certificate in a PEM file."""
-    certificate = x509.load_pem_x509_certificates(path.read_bytes())[0]
-    algorithm = certificate.signature_hash_algorithm
-    name = "sha256" if algorithm is None or algorithm.name in ("md5", "sha1") else algorithm.name
-    return hashlib.new(name, certificate.public_bytes(serialization.Encoding.DER)).digest()
+def _secret_file(path: Path, prefix: str = "") -> str:
+    """A secret of ours that is made at the first start and kept in a file of mode 0600. Raises ConfigError."""
+    if not path.exists():
+        write_private(path, new_secret(prefix).encode("ascii") + b"\n")
+    return configuration.Secret(file=path.absolute()).read(path.parent)
 
 
 def _host_port(value: str) -> tuple[str, int]:

@@ -183,7 +183,9 @@ class GrantTable:
         return len(idle)
 
     def end_all(self, reason: str) -> int:
-        """Every stream of every grant: the end of a drain. Returns how many streams."""
+        """Drop every grant and end its streams: the end of a drain, or nobody can say any more whom to admit. Returns
+        how many streams."""
+        self.generation += 1
         return sum(self._end(grant, reason) for grant in list(self._by_digest.values()))
 
     # ── inner ────────────────────────────────────────────────────────────────────────────────────────────────────

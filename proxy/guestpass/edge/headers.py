@@ -266,7 +266,7 @@ class ResponseHead:
         return 100 <= self.status < 200 and self.status != 101
 
 
-def parse_response(data: bytes, *, upgrade: bool = False) -> ResponseHead:
+def parse_response(data: bytes) -> ResponseHead:
     """Strict: one CRLF per line, no folding, no control characters. Raises BadResponse."""
     if len(data) > MAX_HEAD or not data.endswith(b"\r\n\r\n"):
         raise BadResponse("the response head is too large or not ended")
@@ -290,7 +290,7 @@ def parse_response(data: bytes, *, upgrade: bool = False) -> ResponseHead:
     return ResponseHead(
         status,
         match[2] if match[2] is not None else _reason(status),
-        tuple(_visible(raw, switching=status == 101 and upgrade)),
+        tuple(_visible(raw, status)),
         int(lengths[0]) if lengths else None,
     )
 
@@ -302,7 +302,7 @@ def _reason(status: int) -> bytes:
         return b""
 
 
-def _visible(raw: RawHeaders, *, switching: bool) -> Iterable[tuple[bytes, bytes]]:
+def _visible(raw: RawHeaders, status: int) -> Iterable[tuple[bytes, bytes]]:
     drop = nominated(raw) | HOP_BY_HOP | DROPPED_FROM_RESPONSES
     cache: list[bytes] = []
     for name, value in raw:
@@ -317,10 +317,10 @@ def _visible(raw: RawHeaders, *, switching: bool) -> Iterable[tuple[bytes, bytes
             cache.append(value)
         else:
             yield name, value
-    if switching:
+    if status == 101:
         yield b"Connection", b"Upgrade"
         yield b"Upgrade", b"websocket"
-    else:
+    elif status >= 200:
         yield b"Cache-Control", private_cache_control(b", ".join(cache))
 
 
@@ -344,13 +344,13 @@ def clean_set_cookie(value: bytes) -> bytes | None:
     )
 
 
-def response_head(head: ResponseHead, framing: bytes, *, close: bool) -> bytes:
+def response_head(head: ResponseHead, framing: bytes, *, keep_alive: bool, http11: bool) -> bytes:
     """Status line and fields as bytes. `framing` are complete lines (Content-Length or Transfer-Encoding)."""
     out = [b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n"]
     for name, value in head.fields:
         out += (name, b": ", value, b"\r\n")
     out.append(framing)
-    if close:
-        out.append(b"Connection: close\r\n")
+    if keep_alive != http11:  # other than the version's default
+        out.append(b"Connection: keep-alive\r\n" if keep_alive else b"Connection: close\r\n")
     out.append(b"\r\n")
     return b"".join(out)

@@ -31,6 +31,7 @@ from aiohttp.abc import AbstractStreamWriter
 from guestpass import scope
 from guestpass.edge import headers as h
 from guestpass.edge.grants import Grant, GrantTable
+from guestpass.edge.keys import CLIENT, SCHEME
 from guestpass.errors import Forbidden, NoGateway, NotFound, PluginFailed, ShareEnded, Unauthorized
 from guestpass.loop import abort_now
 from guestpass.model import SessionKind
@@ -66,7 +67,7 @@ HALF_CLOSED_TIMEOUT = 10.0
 RETRY_AFTER = 5
 
 # Stream errors before a response began, and what the visitor is told.
-STATUS_OF_RESET = {
+STATUS_OF_RESET: dict[int, int] = {
     ErrorCode.REFUSED: 403,
     ErrorCode.TIMEOUT: 504,
     ErrorCode.UNREACHABLE: 502,
@@ -75,7 +76,7 @@ STATUS_OF_RESET = {
 }
 
 # Codes that say the gateway or its tunnel went away before the request had any effect.
-GATEWAY_WENT = frozenset(
+GATEWAY_WENT: frozenset[int] = frozenset(
     (ErrorCode.DRAINING, ErrorCode.REPLACED, ErrorCode.TIMEOUT, ErrorCode.INTERNAL_ERROR)
 )
 
@@ -150,7 +151,7 @@ class Relay:
         self._now = now
 
     async def handle(self, request: web.Request, share_id: str) -> web.StreamResponse:
-        """Answer one request on the origin of `share_id`. `request["client"]` is set."""
+        """Answer one request on the origin of `share_id`. `request[CLIENT]` is set."""
         start = time.perf_counter()
         answer = await self._admit(request, share_id)
         if isinstance(answer, web.StreamResponse):
@@ -187,7 +188,7 @@ class Relay:
                     return self._pages.error(401, request=request, headers={"WWW-Authenticate": "Bearer"})
                 return await self._admission.challenge(request, share_id)
             except ShareEnded:
-                return self._pages.error(410, request=request, headers=self._clear(request))
+                return self._admission.ended(request)
             except NotFound:
                 return self._pages.error(421, request=request)
             except NoGateway as exc:
@@ -207,19 +208,12 @@ class Relay:
             headers=[(k.decode("latin-1"), v.decode("latin-1")) for k, v in raw]
             if self._plugins.filters
             else (),
-            client=request["client"],
+            client=request[CLIENT],
             share=grant.share,
             session=grant.session,
             at=self._now(),
         )
         return grant, context
-
-    def _clear(self, request: web.Request) -> dict[str, str]:
-        return (
-            {"Clear-Site-Data": '"cache", "cookies", "storage"'}
-            if "Sec-Fetch-Mode" in request.headers
-            else {}
-        )
 
     def _same_origin(self, request: web.Request, share_id: str) -> bool:
         """Shares of one domain are same-site, so cookies alone prove nothing on unsafe methods and upgrades."""
@@ -236,7 +230,7 @@ class Relay:
         self, request: web.Request, grant: Grant, context: RequestContext
     ) -> web.StreamResponse:
         upgrade = self._is_upgrade(request)
-        inject = h.forwarded_fields(context.client.address, request["scheme"], request.host.encode("latin-1"))
+        inject = h.forwarded_fields(context.client.address, request[SCHEME], request.host.encode("latin-1"))
         inject += self._signer.fields(grant, context.at)
         source: h.RawHeaders = request.raw_headers
         if self._plugins.filters:
@@ -298,7 +292,7 @@ class Relay:
             try:
                 gateway = await self._gateway(grant, tried)
                 if live.ended or not self._grants.is_live(grant):
-                    return self._pages.error(410, request=request)
+                    return self._admission.ended(request)
                 live.stream = self._tunnels.open(grant.site, gateway, grant.service, head, fin=bodiless)
                 return await self._serve(
                     request, live, upgrade=upgrade, has_body=not bodiless and not upgrade
@@ -319,9 +313,9 @@ class Relay:
                 if untouched and attempt < MAX_ATTEMPTS and (not connected or exc.code in GATEWAY_WENT):
                     tried.add(gateway)
                     continue
-                status = STATUS_OF_RESET.get(ErrorCode(exc.code), 502)
+                status = STATUS_OF_RESET.get(exc.code, 502)
                 return self._problem(
-                    request, status, f"{grant.site}/{gateway}/{grant.service}: {ErrorCode(exc.code).name}"
+                    request, status, f"{grant.site}/{gateway}/{grant.service}: {exc}"
                 )
         raise AssertionError("the last attempt returns")
 
@@ -356,11 +350,13 @@ class Relay:
         if has_body:
             pump = asyncio.create_task(_pump_request(request, stream))
         try:
-            head = await self._response_head(request, stream, upgrade=upgrade)
+            head, fin = await self._response_head(request, stream, upgrade=upgrade)
             if head.status == 101:
                 return await _serve_upgraded(request, stream, head)
             complete = pump is None or pump.done()
-            return await self._respond(request, stream, head, keep_alive=request.keep_alive and complete)
+            return await self._respond(
+                request, stream, head, fin=fin, keep_alive=request.keep_alive and complete
+            )
         except h.BadResponse as exc:
             stream.reset(ErrorCode.PROTOCOL_ERROR)
             return self._problem(request, 502, f"{live.grant.site}/{live.grant.service}: {exc}")
@@ -372,70 +368,59 @@ class Relay:
 
     async def _response_head(
         self, request: web.Request, stream: TunnelStream, *, upgrade: bool
-    ) -> h.ResponseHead:
-        """The final response head; interim ones (1xx) are passed on. Raises BadResponse, StreamReset."""
+    ) -> tuple[h.ResponseHead, bool]:
+        """The final response head, and whether that is all. Interim ones (1xx) are passed on. Raises BadResponse,
+        StreamReset."""
         try:
             async with asyncio.timeout(RESPONSE_TIMEOUT):
                 while True:
                     received = await stream.head()
-                    head = h.parse_response(received.data, upgrade=upgrade)
+                    head = h.parse_response(received.data)
                     if head.status == 101 and not (upgrade and not received.interim):
                         raise h.BadResponse("101 without an upgrade")
                     if head.interim != received.interim:
                         raise h.BadResponse("a final status in an interim head, or the other way round")
                     if not head.interim:
-                        return head
+                        return head, received.fin
                     # aiohttp has answered Expect: 100-continue already, and HTTP/1.0 knows no interim responses.
                     if head.status != 100 and request.version >= (1, 1):
-                        await _write(request, h.response_head(head, b"", close=False))
+                        await _write(request, h.response_head(head, b"", keep_alive=True, http11=True))
         except TimeoutError:
             stream.reset(ErrorCode.TIMEOUT)
             raise StreamReset(ErrorCode.TIMEOUT) from None
 
     async def _respond(
-        self, request: web.Request, stream: TunnelStream, head: h.ResponseHead, *, keep_alive: bool
+        self, request: web.Request, stream: TunnelStream, head: h.ResponseHead, *, fin: bool, keep_alive: bool
     ) -> web.StreamResponse:
-        """Write the final response; the edge frames the body itself and cuts what does not add up."""
-        bodiless = request.method == "HEAD" or head.status in h.NO_BODY_STATUS
+        """Write the final response; the edge frames the body itself and cuts what does not add up. The head goes out
+        at once: the first event of an SSE response may be minutes away."""
         http11 = request.version >= (1, 1)
-        first = b""
-        if not bodiless and head.length is None:
-            # Whether there is a body at all is known by the first read; it comes with the head when it is short.
-            first = await self._read(stream)
-        chunked = False
-        if head.status == 204:
-            framing = b""
-        elif bodiless:
-            framing = b"" if head.length is None else b"Content-Length: %d\r\n" % head.length
-        elif head.length is not None:
-            framing = b"Content-Length: %d\r\n" % head.length
-        elif not first:
-            framing = b"Content-Length: 0\r\n"
-        elif http11:
-            framing, chunked = b"Transfer-Encoding: chunked\r\n", True
-        else:
-            framing, keep_alive = b"", False
-        out = h.response_head(head, framing, close=not keep_alive and http11)
-        if not http11 and keep_alive:
-            out = out[:-2] + b"Connection: keep-alive\r\n\r\n"
+        bodiless = request.method == "HEAD" or head.status in h.NO_BODY_STATUS
+        length = head.length
+        if length is None and fin and not bodiless:
+            length = 0
+        chunked = length is None and not bodiless and http11
         if chunked:
-            out += _chunk(first)
-        elif first:
-            out += first
-        await _write(request, out)
+            framing = b"Transfer-Encoding: chunked\r\n"
+        elif length is not None and head.status != 204:
+            framing = b"Content-Length: %d\r\n" % length
+        else:
+            framing = b""
+            keep_alive = keep_alive and bodiless  # HTTP/1.0: the end of the connection ends the body
+        await _write(request, h.response_head(head, framing, keep_alive=keep_alive, http11=http11))
 
-        counted = len(first)
-        ended = head.length is None and not first and not bodiless
-        while not ended:
+        expected = 0 if bodiless else length
+        counted = 0
+        while not fin:
             data = await self._read(stream)
             if not data:
                 break
             counted += len(data)
-            if bodiless or (head.length is not None and counted > head.length):
+            if expected is not None and counted > expected:
                 stream.reset(ErrorCode.PROTOCOL_ERROR)
                 raise _ResponseBroken("more bytes than the head promised")
             await _write(request, _chunk(data) if chunked else data)
-        if head.length is not None and not bodiless and counted < head.length:
+        if expected is not None and counted < expected:
             raise _ResponseBroken("fewer bytes than the head promised")
         if chunked:
             await _write(request, b"0\r\n\r\n")
@@ -446,7 +431,7 @@ class Relay:
         try:
             return await stream.read()
         except StreamReset as exc:
-            raise _ResponseBroken(f"the stream was reset: {ErrorCode(exc.code).name}") from exc
+            raise _ResponseBroken(f"the stream was reset: {exc}") from exc
 
 
 def _chunk(data: bytes) -> bytes:
@@ -525,7 +510,7 @@ async def _serve_upgraded(
     """Opaque bytes in both directions until either side ends."""
     protocol = request.protocol
     visitor = _Opaque(protocol.pause_reading, protocol.resume_reading)
-    await _write(request, h.response_head(head, b"", close=False))
+    await _write(request, h.response_head(head, b"", keep_alive=True, http11=True))
     protocol.set_parser(visitor)  # type: ignore[arg-type]
 
     async def upstream() -> None:
