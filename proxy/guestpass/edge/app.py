@@ -142,7 +142,6 @@ class Edge:
         )
         self.pages = Pages(self.origins)
         self.admission = Admission(
-            config=config,
             origins=self.origins,
             service=service,
             plugins=self.plugins,

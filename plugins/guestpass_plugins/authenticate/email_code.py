@@ -1,0 +1,237 @@
+"""`email-code`: whoever can read a mail to an address owns it. The visitor types their address, is sent eight
+digits, and types them into the browser that asked.
+
+What an outsider learns must not depend on who is invited, so:
+
+- the answer to an address is always the same form, given before anybody looks whether the address is invited.
+  That is looked up afterwards, in the background; only then a code is made to count and mail is queued. For
+  an address that is not invited the same record is written, with a hash that no code has;
+- limits count requests, not mails, so that reaching one says nothing either;
+- a wrong code, an old code and an address that is not invited are refused in the same words.
+
+Guessing: a code is one of 10⁸, lives ten minutes, belongs to one flow (so that nobody can use up another
+person's tries) and allows five tries; an address gets at most three codes an hour. That is 15 tries an hour
+for one address however many flows are used: 3.6 in a million a day. All counters are added to before the
+comparison, atomically, so parallel guesses gain nothing. Of a code only a keyed hash is stored, with a key
+that is not in the store: of 10⁸ a plain hash would be no secret to who reads a backup.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+import secrets
+import unicodedata
+from collections.abc import Mapping
+
+from pydantic import Field as Setting
+
+from guestpass.plugin import (
+    Action,
+    Authenticator,
+    Client,
+    Denied,
+    Event,
+    Field,
+    Form,
+    Host,
+    Identity,
+    InvalidEmail,
+    Message,
+    PluginConfig,
+    SignIn,
+    Step,
+    canonical_address,
+)
+
+__all__ = ["EmailCode"]
+
+CODE_DIGITS = 8
+# NIST SP 800-63B §5.1.3.2: an out-of-band secret is valid for at most ten minutes.
+CODE_SECONDS = 600.0
+# A person mistypes once or twice; each further try only helps who guesses.
+MAX_TRIES = 5
+# A flow's tries are remembered for longer than any flow lives.
+TRIES_SECONDS = 7200.0
+HOUR = 3600.0
+# A third mail may be needed when one is slow; more would make this a way to bother somebody.
+CODES_PER_ADDRESS = 3
+# One network sends this many people to sign in within an hour, an office behind one address included.
+REQUESTS_PER_CLIENT = 60
+
+# What people's mail programs put between digits: any white space, hyphens and dashes.
+SEPARATORS = re.compile(r"[\s\u200b\u2060\ufeff\-\u2010-\u2015\u2212.]+")
+
+WRONG_CODE = "That code is not right, or it is too old. Check the newest mail that you have."
+TOO_MANY_CODES = "Too many codes were asked for. Use the newest one that you have, or try again in an hour."
+START_AGAIN = "That were too many tries. Start again to get a new code."
+
+
+class EmailCode(Authenticator):
+    """Proves an address with a typed code."""
+
+    label = "Get a code by email"
+
+    class Config(PluginConfig):
+        requests_per_client: int = Setting(default=REQUESTS_PER_CLIENT, ge=1)
+
+    async def start(self, host: Host) -> None:
+        await super().start(host)
+        self._code_key = host.derive_key("code")
+        self._counter_key = host.derive_key("counter")
+
+    async def begin(self, sign_in: SignIn) -> Step:
+        return self._ask_address()
+
+    async def complete(self, sign_in: SignIn, params: Mapping[str, str]) -> Step:
+        email = sign_in.state.get("email")
+        action = params.get("action", "")
+        if not isinstance(email, str):
+            return await self._take_address(sign_in, params.get("email", ""))
+        if action == "other":
+            await self.host.storage.delete(f"code:{sign_in.flow_id}")
+            return self._ask_address()
+        if action == "resend":
+            return await self._send_again(sign_in, email)
+        return await self._take_code(sign_in, email, params.get("code", ""))
+
+    # ── the address ─────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _take_address(self, sign_in: SignIn, typed: str) -> Step:
+        try:
+            email = canonical_address(typed.strip())
+        except InvalidEmail as exc:
+            return self._ask_address(typed[:320], f"{exc.message.rstrip('.')}. {exc.hint}".strip())
+        if not await self._may_ask(sign_in.client, email):
+            return self._ask_address(email, TOO_MANY_CODES)
+        self._send_code(sign_in, email)
+        return self._ask_code(email)
+
+    async def _send_again(self, sign_in: SignIn, email: str) -> Step:
+        if not await self._may_ask(sign_in.client, email):
+            return self._ask_code(email, TOO_MANY_CODES)  # the code that is out stays good
+        self._send_code(sign_in, email)
+        return self._ask_code(email, again=True)
+
+    async def _may_ask(self, client: Client, email: str) -> bool:
+        """Count a request for a code; the same for every address."""
+        by_client = await self.host.storage.add(f"client:{self._count_as(client.network)}", ttl=HOUR)
+        if by_client > self.config.requests_per_client:
+            return False
+        by_address = await self.host.storage.add(f"address:{self._count_as(email)}", ttl=HOUR)
+        return by_address <= CODES_PER_ADDRESS
+
+    def _count_as(self, what: str) -> str:
+        """Addresses that were merely typed are not stored."""
+        return hmac.digest(self._counter_key, what.encode(), "sha256").hex()
+
+    # ── the code ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _send_code(self, sign_in: SignIn, email: str) -> None:
+        self.host.spawn(self._prepare(sign_in, email), name="send a code")
+
+    async def _prepare(self, sign_in: SignIn, email: str) -> None:
+        """Make this flow's live code and mail it, if the address is invited."""
+        code = f"{secrets.randbelow(10**CODE_DIGITS):0{CODE_DIGITS}d}"
+        invited = await sign_in.is_invited(email)
+        hashed = self._hash(sign_in.flow_id, email, code) if invited else secrets.token_hex(32)
+        expires = self.host.now() + CODE_SECONDS
+        await self.host.storage.set(
+            f"code:{sign_in.flow_id}", {"hash": hashed, "expires": expires}, ttl=CODE_SECONDS
+        )
+        if not invited:
+            share_id = sign_in.share.id if sign_in.share is not None else None
+            detail = {"reason": "not_invited", "client": sign_in.client.address}
+            self.host.emit(Event("signin.denied", self.host.now(), share_id=share_id, detail=detail))
+            return
+        await self.host.notify(_mail(email, code, sign_in, expires))
+
+    async def _take_code(self, sign_in: SignIn, email: str, typed: str) -> Step:
+        code = SEPARATORS.sub("", unicodedata.normalize("NFKC", typed))
+        if not (len(code) == CODE_DIGITS and code.isascii() and code.isdigit()):
+            return self._ask_code(email, f"The code has {CODE_DIGITS} digits. Type or paste all of them.")
+        key = f"code:{sign_in.flow_id}"
+        tries = await self.host.storage.add(f"tries:{sign_in.flow_id}", ttl=TRIES_SECONDS)
+        if tries > MAX_TRIES:
+            await self.host.storage.delete(key)
+            raise Denied(START_AGAIN)
+        if await self._is_right(key, self._hash(sign_in.flow_id, email, code)):
+            return Identity(email, self.name, proven=self.host.now())
+        if tries == MAX_TRIES:
+            await self.host.storage.delete(key)
+            raise Denied(START_AGAIN)
+        left = MAX_TRIES - tries
+        return self._ask_code(email, f"{WRONG_CODE} You have {left} {'try' if left == 1 else 'tries'} left.")
+
+    async def _is_right(self, key: str, hashed: str) -> bool:
+        live = await self.host.storage.get(key)
+        wanted = (
+            live["hash"] if live is not None and live["expires"] > self.host.now() else secrets.token_hex(32)
+        )
+        if not hmac.compare_digest(wanted, hashed):
+            return False
+        taken = await self.host.storage.take(key)  # of two browsers' tabs with the right code one gets in
+        return taken is not None and hmac.compare_digest(taken["hash"], hashed)
+
+    def _hash(self, flow_id: str, email: str, code: str) -> str:
+        return hmac.digest(self._code_key, f"{flow_id}\0{email}\0{code}".encode(), "sha256").hex()
+
+    # ── the forms ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _ask_address(self, typed: str = "", error: str = "") -> Form:
+        return Form(
+            title="Prove your email address",
+            intro="Type the address at which you were invited. We will send it a code.",
+            fields=(Field("email", "Your email address", type="email", autocomplete="email", value=typed),),
+            submit="Send me a code",
+            error=error,
+        )
+
+    def _ask_code(self, email: str, error: str = "", *, again: bool = False) -> Form:
+        intro = f"If this address is invited, a {'new ' if again else ''}code is on its way to {email}."
+        return Form(
+            title="Enter the code",
+            intro=f"{intro} It can take a minute; look in the spam folder too.",
+            fields=(
+                Field(
+                    "code",
+                    f"{CODE_DIGITS}-digit code",
+                    type="code",
+                    autocomplete="one-time-code",
+                    hint="Keep this window open: the code works only here.",
+                ),
+            ),
+            submit="Continue",
+            error=error,
+            actions=(Action("resend", "Send a new code"), Action("other", "Use another address")),
+            state={"email": email},
+        )
+
+
+def _mail(email: str, code: str, sign_in: SignIn, expires: float) -> Message:
+    share = sign_in.share
+    what = f"“{_one_line(share.name)}”" if share is not None else "what is shared with you"
+    recipient = share.recipient(email) if share is not None else None
+    text = (
+        f"Your code to open {what}:\n"
+        "\n"
+        f"    {code[:4]} {code[4:]}\n"
+        "\n"
+        "Type it into the browser window where you asked for it. It works once, for the next 10 minutes.\n"
+        "\n"
+        "You did not ask for a code? Then ignore this mail: nobody gets in without it. Do not pass the code on;\n"
+        "nobody has a reason to ask you for it.\n"
+    )
+    return Message(
+        kind="code",
+        to=email,
+        subject="Your sign-in code",
+        text=text,
+        share_id=share.id if share is not None else None,
+        recipient_id=recipient.id if recipient is not None else None,
+        expires=expires,
+    )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,1 @@
+"""Backend choosers: which gateway serves this session?"""

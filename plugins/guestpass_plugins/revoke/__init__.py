@@ -1,0 +1,1 @@
+"""Revokers: may this session start, and when must it end?"""

@@ -1,0 +1,471 @@
+"""The owner's console on the main origin: what is shared with whom, who looks at it, what went wrong; new shares,
+and the end of them.
+
+The API key opens it. Who has signed in is kept in memory, by the digest of a cookie: a restart signs owners out and
+leaves nothing behind. Every form carries a token of that cookie. Links of new recipients are shown on the answer to the
+form that made them and nowhere else: the store has only their digests.
+"""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from guestpass import tokens
+from guestpass.addresses import split_addresses
+from guestpass.edge.browser import (
+    CONSOLE_COOKIE,
+    FormRefused,
+    Handler,
+    Limiter,
+    csrf_token,
+    drop_cookie,
+    guarded,
+    own_cookie,
+    posted,
+    redirect,
+    same_origin,
+    set_cookie,
+    text_fields,
+)
+from guestpass.edge.keys import CLIENT
+from guestpass.errors import GuestpassError, Invalid, InvalidEmail
+from guestpass.model import Delivery, Gateway, Scope, Session, Share, ShareState
+from guestpass.moments import parse_moment
+from guestpass.scope import parse_scope
+from guestpass.shares.service import NewShare
+
+if TYPE_CHECKING:
+    from guestpass.edge.api import Gateways, GatewayStatus, Live
+    from guestpass.edge.origins import Origins
+    from guestpass.edge.pages import Pages
+    from guestpass.shares.service import ShareService
+
+# A working day; then the key is asked for again.
+SIGNED_IN_SECONDS = 12 * 3600.0
+# Owners at the same time; the oldest is signed out.
+MAX_SIGNED_IN = 100
+# The key has 256 bits: this only keeps a script from filling the log.
+TRIES_PER_CLIENT = 30
+TRIES_WINDOW = 600.0
+# A notice waits for the page after the redirect; somebody who never loads it should not collect them.
+MAX_NOTICES = 5
+
+HOME = "/console"
+SIGN_IN = "/console/sign-in"
+
+
+@dataclass(slots=True)
+class _Owner:
+    """A browser that showed the key."""
+
+    secret: str
+    until: float
+    notices: list[tuple[str, str]] = field(default_factory=list)  # (style, text), for the next page
+
+    def tell(self, style: str, text: str) -> None:
+        del self.notices[: max(0, len(self.notices) + 1 - MAX_NOTICES)]
+        self.notices.append((style, text))
+
+    def take_notices(self) -> list[tuple[str, str]]:
+        notices, self.notices = self.notices, []
+        return notices
+
+
+class Console:
+    """See the module."""
+
+    def __init__(
+        self,
+        *,
+        service: ShareService,
+        live: Live,
+        gateways: Gateways,
+        pages: Pages,
+        api_key: str,
+        origins: Origins,
+    ) -> None:
+        self._service = service
+        self._live = live
+        self._gateways = gateways
+        self._pages = pages
+        self._api_key = tokens.digest(api_key)
+        self._origins = origins
+        self._main_origin = f"{origins.scheme}://{origins.main_host}"
+        self._owners: dict[bytes, _Owner] = {}
+        self._tries = Limiter(TRIES_PER_CLIENT, TRIES_WINDOW)
+
+    @staticmethod
+    def _now() -> float:
+        return time.time()
+
+    def console_routes(self) -> list[web.RouteDef]:
+        """For the main origin."""
+
+        def get(path: str, handler: Handler) -> web.RouteDef:
+            return web.get(path, guarded(self._pages, handler))
+
+        def post(path: str, handler: Handler) -> web.RouteDef:
+            return web.post(path, guarded(self._pages, handler))
+
+        return [
+            get(HOME, self._shares),
+            get(SIGN_IN, self._sign_in_form),
+            post(SIGN_IN, self._sign_in),
+            post("/console/sign-out", self._sign_out),
+            get("/console/shares/new", self._new_form),
+            post("/console/shares", self._create),
+            get("/console/shares/{share}", self._share),
+            post("/console/shares/{share}/recipients", self._add),
+            post("/console/shares/{share}/resend", self._resend),
+            post("/console/shares/{share}/link", self._new_link),
+            post("/console/shares/{share}/remove", self._remove),
+            post("/console/shares/{share}/end-session", self._end_session),
+            get("/console/shares/{share}/delete", self._delete_form),
+            post("/console/shares/{share}/delete", self._delete),
+            get("/console/gateways", self._list_gateways),
+        ]
+
+    # ── sign-in ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _sign_in_form(self, request: web.Request) -> web.StreamResponse:
+        if self._owner(request) is not None:
+            return redirect(HOME)
+        return self._render_sign_in()
+
+    def _render_sign_in(self, status: int = 200, fault: str = "") -> web.Response:
+        return self._pages.render("console_sign_in.html", status, fault=fault)
+
+    async def _sign_in(self, request: web.Request) -> web.StreamResponse:
+        # Before there is a cookie there is nothing to make a token from; a foreign form could only sign the owner's
+        # browser in with a key that the foreigner has.
+        if not same_origin(request, self._main_origin):
+            raise FormRefused("The form came from another site.")
+        if not self._tries.admits(request[CLIENT]):
+            return self._pages.error(429, request=request, retry_after=int(TRIES_WINDOW))
+        form = await request.post() if request.content_type == "application/x-www-form-urlencoded" else {}
+        key = form.get("key", "")
+        if not isinstance(key, str) or not hmac.compare_digest(tokens.digest(key.strip()), self._api_key):
+            return self._render_sign_in(403, "That is not the API key. It begins with gpk_.")
+        now = self._now()
+        self._owners = {k: o for k, o in self._owners.items() if o.until > now}
+        while len(self._owners) >= MAX_SIGNED_IN:
+            del self._owners[next(iter(self._owners))]
+        secret = tokens.new_secret()
+        self._owners[tokens.digest(secret)] = _Owner(secret, now + SIGNED_IN_SECONDS)
+        response = redirect(HOME)
+        set_cookie(response, CONSOLE_COOKIE, secret, SIGNED_IN_SECONDS, same_site="Strict")
+        return response
+
+    async def _sign_out(self, request: web.Request) -> web.StreamResponse:
+        owner = self._owner(request)
+        response = redirect(SIGN_IN)
+        if owner is not None:
+            await self._posted(request, owner)
+            del self._owners[tokens.digest(owner.secret)]
+            drop_cookie(response, CONSOLE_COOKIE)
+        return response
+
+    def _owner(self, request: web.Request) -> _Owner | None:
+        secret = own_cookie(request, CONSOLE_COOKIE)
+        owner = self._owners.get(tokens.digest(secret)) if secret is not None else None
+        return owner if owner is not None and owner.until > self._now() else None
+
+    def _signed_in(self, request: web.Request) -> _Owner:
+        """Raises HTTPSeeOther to the sign-in page."""
+        owner = self._owner(request)
+        if owner is None:
+            raise web.HTTPSeeOther(SIGN_IN, headers={"Cache-Control": "no-store"})
+        return owner
+
+    async def _posted(self, request: web.Request, owner: _Owner) -> dict[str, str]:
+        return await posted(request, self._main_origin, owner.secret, "console")
+
+    def _render(
+        self, owner: _Owner, template: str, section: str, status: int = 200, **context: Any
+    ) -> web.Response:
+        return self._pages.render(
+            template,
+            status,
+            section=section,
+            csrf=csrf_token(owner.secret, "console"),
+            notices=owner.take_notices(),
+            now=self._now(),
+            **context,
+        )
+
+    # ── shares ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _shares(self, request: web.Request) -> web.StreamResponse:
+        owner = self._signed_in(request)
+        ended = request.query.get("show") == "all"
+        page = await self._service.list(request.query.get("cursor") or None, include_ended=ended)
+        query = "show=all&" if ended else ""
+        return self._render(
+            owner,
+            "console_shares.html",
+            "shares",
+            shares=[self._row(share) for share in page.items],
+            ended=ended,
+            more=f"{HOME}?{query}cursor={page.next}" if page.next else "",
+            first=not request.query.get("cursor"),
+        )
+
+    def _row(self, share: Share) -> dict[str, Any]:
+        active = share.state(self._now()) is ShareState.ACTIVE
+        here = [r for r in share.recipients if r.removed is None]
+        return {
+            "share": share,
+            "state": share.state(self._now()).value,
+            "recipients": here,
+            "opened": max((r.last_opened for r in here if r.last_opened is not None), default=None),
+            "problems": [r for r in here if r.delivery in (Delivery.BOUNCED, Delivery.FAILED)],
+            "viewers": self._live.sessions(share.id) if active else 0,
+            "streams": self._live.streams(share.id) if active else 0,
+        }
+
+    async def _share(self, request: web.Request) -> web.StreamResponse:
+        return await self._render_share(self._signed_in(request), request.match_info["share"])
+
+    async def _render_share(
+        self,
+        owner: _Owner,
+        share_id: str,
+        *,
+        status: int = 200,
+        links: Mapping[str, str] | None = None,
+        faults: Mapping[str, str] | None = None,
+        values: Mapping[str, str] | None = None,
+    ) -> web.Response:
+        share = await self._service.get(share_id)
+        sessions = await self._service.sessions(share_id, live=True)
+        return self._render(
+            owner,
+            "console_share.html",
+            "shares",
+            status,
+            row=self._row(share),
+            share=share,
+            origin=self._origins.share_origin(share.id),
+            sessions=[self._session(s) for s in sessions],
+            links=links or {},
+            faults=faults or {},
+            values=values or {},
+        )
+
+    def _session(self, session: Session) -> dict[str, Any]:
+        return {"session": session, "streams": self._live.session_streams(session.id)}
+
+    async def _new_form(self, request: web.Request) -> web.StreamResponse:
+        owner = self._signed_in(request)
+        known = self._known_services()
+        values = {"path": "/", "expires": "7d", "service": known[0] if len(known) == 1 else ""}
+        return self._render_new(owner, values, {})
+
+    def _render_new(
+        self, owner: _Owner, values: Mapping[str, str], faults: Mapping[str, str], general: str = ""
+    ) -> web.Response:
+        return self._render(
+            owner,
+            "console_new.html",
+            "new",
+            422 if faults or general else 200,
+            values=values,
+            faults=faults,
+            general=general,
+            services=self._known_services(),
+        )
+
+    def _known_services(self) -> list[str]:
+        """What the connected gateways reach, as `site/service`."""
+        return sorted({f"{s.site}/{name}" for s in self._gateways.status() for name in s.services})
+
+    async def _create(self, request: web.Request) -> web.StreamResponse:
+        owner = self._signed_in(request)
+        fields = await self._posted(request, owner)
+        values = text_fields(
+            fields, "name", "service", "path", "to", "expires", "max_sessions", "message", "only"
+        )
+        faults: dict[str, str] = {}
+        new = self._new_share(values, faults)
+        if new is None:
+            return self._render_new(owner, values, faults)
+        try:
+            created = await self._service.create(new)
+        except Invalid as exc:
+            return self._render_new(owner, values, {}, _words(exc))
+        owner.tell("good", f"“{created.share.name}” is shared. The mails are on their way.")
+        return await self._render_share(owner, created.share.id, links=created.links)
+
+    def _new_share(self, values: Mapping[str, str], faults: dict[str, str]) -> NewShare | None:
+        """What the form says, or None with a fault for each wrong field."""
+        site, slash, service = values["service"].partition("/")
+        if not (site and slash and service) or "/" in service:
+            faults["service"] = "Write it as SITE/SERVICE, like plant-a/dashboards."
+        to: list[str] = []
+        try:
+            to = split_addresses(values["to"])
+            if not to:
+                faults["to"] = "Name at least one email address."
+        except InvalidEmail as exc:
+            faults["to"] = _words(exc)
+        expires: float | None = None
+        if values["expires"]:
+            try:
+                expires = parse_moment(values["expires"], self._now())
+            except Invalid as exc:
+                faults["expires"] = _words(exc)
+        max_sessions: int | None = None
+        if values["max_sessions"]:
+            if values["max_sessions"].isascii() and values["max_sessions"].isdigit():
+                max_sessions = int(values["max_sessions"])
+            else:
+                faults["max_sessions"] = "Write a whole number, or leave it empty for no limit."
+        path = values["path"] or "/"
+        scope: Sequence[Scope] = ()
+        if not path.startswith("/"):
+            faults["path"] = "A path begins with /."
+        elif values["only"]:
+            try:
+                scope = _only(path)
+            except Invalid as exc:
+                faults["path"] = _words(exc)
+        if faults:
+            return None
+        return NewShare(
+            site=site,
+            service=service,
+            to=to,
+            name=values["name"] or None,
+            path=path,
+            scope=scope,
+            expires=expires,
+            max_sessions=max_sessions,
+            message=values["message"],
+        )
+
+    async def _add(self, request: web.Request) -> web.StreamResponse:
+        owner = self._signed_in(request)
+        share_id = request.match_info["share"]
+        typed = (await self._posted(request, owner)).get("to", "").strip()
+        try:
+            addresses = split_addresses(typed)
+            if not addresses:
+                raise InvalidEmail("name at least one email address")
+            updated = await self._service.update(share_id, add=addresses)
+        except Invalid as exc:
+            return await self._render_share(
+                owner, share_id, status=422, faults={"to": _words(exc)}, values={"to": typed}
+            )
+        new = len(updated.links)
+        owner.tell(
+            "good", "Invited. The mail is on its way." if new else "Everybody of these was invited already."
+        )
+        return await self._render_share(owner, share_id, links=updated.links)
+
+    async def _resend(self, request: web.Request) -> web.StreamResponse:
+        owner = self._signed_in(request)
+        share_id, email = request.match_info["share"], (await self._posted(request, owner)).get("email", "")
+        link = await self._service.resend(share_id, email)
+        owner.tell("good", f"A new invitation is on its way to {email}.")
+        return await self._render_share(owner, share_id, links={email: link})
+
+    async def _new_link(self, request: web.Request) -> web.StreamResponse:
+        owner = self._signed_in(request)
+        share_id, email = request.match_info["share"], (await self._posted(request, owner)).get("email", "")
+        link = await self._service.new_link(share_id, email)
+        return await self._render_share(owner, share_id, links={email: link})
+
+    async def _remove(self, request: web.Request) -> web.StreamResponse:
+        owner = self._signed_in(request)
+        share_id, email = request.match_info["share"], (await self._posted(request, owner)).get("email", "")
+        revoked = await self._service.remove_recipient(share_id, email)
+        owner.tell("good", f"{email} is removed. {_ended(revoked.sessions, revoked.streams)}")
+        return redirect(f"/console/shares/{share_id}")
+
+    async def _end_session(self, request: web.Request) -> web.StreamResponse:
+        owner = self._signed_in(request)
+        share_id = request.match_info["share"]
+        session_id = (await self._posted(request, owner)).get("session", "")
+        session = await self._service.get_session(session_id)
+        if session.share_id == share_id:
+            revoked = await self._service.end_session(session_id, "ended_by_owner")
+            owner.tell("good", f"{session.email} is signed out. {_ended(revoked.sessions, revoked.streams)}")
+        return redirect(f"/console/shares/{share_id}")
+
+    async def _delete_form(self, request: web.Request) -> web.StreamResponse:
+        owner = self._signed_in(request)
+        share = await self._service.get(request.match_info["share"])
+        if share.deleted is not None:
+            return redirect(f"/console/shares/{share.id}")
+        return self._render(owner, "console_delete.html", "shares", row=self._row(share), share=share)
+
+    async def _delete(self, request: web.Request) -> web.StreamResponse:
+        owner = self._signed_in(request)
+        await self._posted(request, owner)
+        share = await self._service.get(request.match_info["share"])
+        revoked = await self._service.delete(share.id)
+        owner.tell(
+            "good",
+            f"“{share.name}” is deleted: its links are dead. {_ended(revoked.sessions, revoked.streams)} "
+            f"It took {revoked.took_ms:.0f} ms.",
+        )
+        return redirect(HOME)
+
+    # ── gateways ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _list_gateways(self, request: web.Request) -> web.StreamResponse:
+        owner = self._signed_in(request)
+        connected = {(s.site, s.name): s for s in self._gateways.status()}
+        enrolled = await self._service.list_gateways()
+        rows = [_gateway_row(g, connected.get((g.site, g.name))) for g in enrolled]
+        return self._render(owner, "console_gateways.html", "gateways", gateways=rows)
+
+
+def _gateway_row(gateway: Gateway, status: GatewayStatus | None) -> dict[str, Any]:
+    down = sorted(name for name, reached in status.services.items() if not reached) if status else []
+    if status is None:
+        state, style = "not connected", "bad"
+    elif down:
+        state, style = "connected, service down", "warn"
+    else:
+        state, style = "connected", "good"
+    return {
+        "gateway": gateway,
+        "state": state,
+        "style": style,
+        "down": down,
+        "services": sorted(status.services) if status else [],
+        "tunnels": status.tunnels if status else 0,
+        "streams": status.streams if status else 0,
+        "rtt": f"{status.rtt * 1000:.0f} ms" if status and status.rtt is not None else "",
+        "last_seen": gateway.last_seen,
+    }
+
+
+def _only(path: str) -> tuple[Scope, ...]:
+    """As `--only` does: the path and what lies below it. Raises Invalid."""
+    plain = path.partition("?")[0].rstrip("/")
+    if not plain:
+        raise Invalid(
+            "below / lies the whole service", hint="Give a longer path, or share the whole service."
+        )
+    return (parse_scope(f"* {plain}/**"),)
+
+
+def _ended(sessions: int, streams: int) -> str:
+    if not sessions and not streams:
+        return "Nobody had it open."
+    who = f"{sessions} {'session' if sessions == 1 else 'sessions'}"
+    what = f"{streams} open {'connection' if streams == 1 else 'connections'}"
+    return f"{who} and {what} ended."
+
+
+def _words(exc: GuestpassError) -> str:
+    text = exc.message[:1].upper() + exc.message[1:].rstrip(".") + "."
+    return f"{text} {exc.hint}".strip()

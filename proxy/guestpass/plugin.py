@@ -1,0 +1,432 @@
+"""The plugin API: everything a plugin author imports.
+
+A plugin is a class of one of six kinds. It is *available* when it is installed (an entry point), *enabled*
+only when `edge.toml` names it, and runs in this order:
+
+1. the class is loaded and its `api_version` checked;
+2. its section of `edge.toml` is validated by `Config` (a pydantic model; unknown keys are errors);
+3. `__init__(name, config)`; 4. `await start(host)`; 5. hooks; 6. `await stop()`.
+
+Hooks that decide (Authenticator, Revoker, RequestFilter) fail closed: an exception, or a hook that overruns
+its deadline, denies, with an error id that stands in the log. `asyncio.CancelledError` always passes. A
+plugin that fails again and again is not asked for a while, which denies as well.
+
+Contexts are frozen; fields are only ever added. A plugin imports this module, and nothing else of ours.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, tzinfo
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Protocol
+
+import aiohttp
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SecretStr, ValidationInfo
+
+from guestpass.addresses import canonical as canonical_address
+from guestpass.config import Secret as _SecretSource
+from guestpass.errors import ConfigError, InvalidEmail
+from guestpass.model import Candidate, Event, Identity, Revocation, Scope, Session, SessionKind, Share
+
+API_VERSION = 1
+
+__all__ = [
+    "API_VERSION",
+    "Action",
+    "Authenticator",
+    "BackendChooser",
+    "Candidate",
+    "Choice",
+    "Client",
+    "ConfigPath",
+    "Denied",
+    "Edits",
+    "Event",
+    "Field",
+    "Form",
+    "Host",
+    "Identity",
+    "InvalidEmail",
+    "Message",
+    "NotDelivered",
+    "Notifier",
+    "Observer",
+    "Plugin",
+    "PluginConfig",
+    "Redirect",
+    "RequestContext",
+    "RequestFilter",
+    "Revocation",
+    "Revoker",
+    "Scope",
+    "Secret",
+    "Session",
+    "SessionKind",
+    "Share",
+    "SignIn",
+    "Step",
+    "Storage",
+    "canonical_address",
+]
+
+
+class PluginConfig(BaseModel):
+    """Base of a plugin's settings. Frozen; unknown keys are errors that name the nearest known key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+def _folder(info: ValidationInfo) -> Path:
+    folder = (info.context or {}).get("folder", ".")
+    return Path(folder)
+
+
+def _read_secret(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, str | SecretStr):
+        return value
+    try:
+        return _SecretSource.model_validate(value).read(_folder(info))
+    except ConfigError as exc:
+        raise ValueError(f"{exc.message}. {exc.hint}".rstrip(". ")) from exc
+
+
+def _resolve_path(value: Any, info: ValidationInfo) -> Any:
+    return _folder(info) / value if isinstance(value, str | Path) else value
+
+
+Secret = Annotated[SecretStr, BeforeValidator(_read_secret)]
+"""A setting that must not be printed: a string, or `{ env = "NAME" }`, or `{ file = "path" }`. Read it with
+`.get_secret_value()`."""
+
+ConfigPath = Annotated[Path, BeforeValidator(_resolve_path)]
+"""A path that is relative to the folder of edge.toml."""
+
+
+class Denied(Exception):
+    """Raise from a deciding hook to refuse. The text is shown to the visitor."""
+
+
+class NotDelivered(Exception):
+    """A Notifier could not deliver. `permanent`: the address refused it for good; do not retry."""
+
+    def __init__(self, detail: str, *, permanent: bool) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.permanent = permanent
+
+
+class Storage(Protocol):
+    """Key-value storage of the plugin's own, durable. Keys ≤ 200 characters, values ≤ 64 KiB of JSON."""
+
+    async def get(self, key: str) -> Any | None: ...
+    async def set(self, key: str, value: Any, *, ttl: float | None = None) -> None: ...
+    async def delete(self, key: str) -> bool: ...
+
+    async def add(self, key: str, amount: int = 1, *, ttl: float | None = None) -> int:
+        """Add atomically to a counter (0 when absent or expired; `ttl` is set when it is created), return the
+        sum."""
+        ...
+
+    async def take(self, key: str) -> Any | None:
+        """Get and delete atomically: of several takers one gets the value."""
+        ...
+
+
+class Host(Protocol):
+    """What the edge offers to a plugin. It holds no secret that is not the plugin's."""
+
+    @property
+    def logger(self) -> logging.Logger: ...
+
+    @property
+    def http(self) -> aiohttp.ClientSession:
+        """For requests to providers: keeps no cookies, gives up after some seconds."""
+        ...
+
+    @property
+    def storage(self) -> Storage: ...
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        ...
+
+    def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
+        """Run in the background until it ends or the plugin stops; an exception is logged with the plugin's
+        name."""
+        ...
+
+    async def notify(self, message: Message) -> None:
+        """Queue a message for the Notifiers. Durable on return; delivery is not waited for."""
+        ...
+
+    def emit(self, event: Event) -> None:
+        """Tell the Observers. Never blocks, never raises."""
+        ...
+
+    def derive_key(self, purpose: str) -> bytes:
+        """32 secret bytes of this plugin's own for one purpose, the same after a restart, and not in the
+        store: for keyed hashes of what has too little entropy to be hashed plainly."""
+        ...
+
+    async def resolve_token(self, token: str) -> Identity | None:
+        """Who holds this bearer token of ours; None when it is unknown, expired or revoked."""
+        ...
+
+    async def live_sessions(self, share_id: str) -> Sequence[Session]:
+        """The sessions of a share that have neither ended nor expired, in the order of their creation."""
+        ...
+
+    async def record(self, event: Event) -> None:
+        """Write to the audit. Durable on return."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Where a request comes from."""
+
+    address: str
+    user_agent: str = ""
+
+    @property
+    def network(self) -> str:
+        """What to count as one client: the address, or the /64 of an IPv6 address, which one home or office has."""
+        try:
+            ip = ipaddress.ip_address(self.address.partition("%")[0])
+        except ValueError:
+            return self.address
+        if isinstance(ip, ipaddress.IPv6Address):
+            if ip.ipv4_mapped is not None:
+                return str(ip.ipv4_mapped)
+            return str(ipaddress.ip_network((ip, 64), strict=False))
+        return str(ip)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Something to tell one person. `kind`: "invitation" or "code"."""
+
+    kind: str
+    to: str
+    subject: str
+    text: str
+    html: str | None = None
+    share_id: str | None = None
+    recipient_id: str | None = None
+    expires: float | None = None  # not worth delivering after this
+
+
+class Plugin(ABC):
+    """Base of all kinds. Do not subclass directly. Hooks may be plain functions where they need not wait."""
+
+    Config: ClassVar[type[PluginConfig]] = PluginConfig
+    api_version: ClassVar[int] = API_VERSION
+    kind: ClassVar[str]
+
+    def __init__(self, name: str, config: PluginConfig) -> None:
+        self.name = name
+        self.config: Any = config
+
+    async def start(self, host: Host) -> None:
+        """Before the first hook. Raise to stop the edge from starting, with a message for the operator."""
+        self.host = host
+
+    async def stop(self) -> None:  # noqa: B027 - most plugins have nothing to stop
+        """After the last hook."""
+
+
+# ── Authenticator: who is this visitor? ─────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One input of a `Form`. `type="code"` is a one-time code: digits on a phone, filled in from messages."""
+
+    name: str
+    label: str
+    type: str = "text"  # "text", "email", "code", "password"
+    autocomplete: str = "off"
+    value: str = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """A second button of a `Form`, posted as `action=name`; fields are not required for it."""
+
+    name: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Ask the visitor. The edge renders it, adds CSRF protection, and calls `complete` with what was typed.
+    `state` (JSON, ≤ 4 KiB) is kept on the server until then and arrives as `SignIn.state`."""
+
+    title: str
+    intro: str = ""
+    fields: Sequence[Field] = ()
+    submit: str = "Continue"
+    error: str = ""
+    actions: Sequence[Action] = ()
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Redirect:
+    """Send the visitor to a provider, who returns them to `SignIn.callback_url`: then `complete` is
+    called."""
+
+    url: str
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+
+Step = Form | Redirect | Identity
+
+
+@dataclass(frozen=True, slots=True)
+class SignIn:
+    """One attempt of one browser to sign in. `flow_id` is bound to that browser by a cookie. `share` is what
+    they want to open; None when they want to see the list of what is shared with them."""
+
+    flow_id: str
+    share: Share | None
+    client: Client
+    state: Mapping[str, Any]
+    callback_url: str
+    is_invited: Callable[[str], Awaitable[bool]]
+    """Whether this address may open the share (or has any, where `share` is None). Never let the visitor see
+    the difference, nor feel it: do not wait for it before you answer."""
+
+
+class Authenticator(Plugin):
+    """Who is this visitor? `interactive` ones stand on the sign-in page under `label`; others look at a
+    request.
+
+    A Form that `begin` returns is shown by a GET, so `begin` must not change anything that costs somebody
+    else.
+    """
+
+    kind = "authenticator"
+    interactive: ClassVar[bool] = True
+    label: str = ""
+
+    async def begin(self, sign_in: SignIn) -> Step:
+        """The visitor chose this way. Raises Denied."""
+        raise Denied("This way of signing in is not interactive.")
+
+    async def complete(self, sign_in: SignIn, params: Mapping[str, str]) -> Step:
+        """What the visitor typed, or the parameters of the callback. Raises Denied."""
+        raise Denied("This way of signing in is not interactive.")
+
+    async def identify(self, request: RequestContext) -> Identity | None:
+        """Credentials in the request itself; None to abstain. Raises Denied."""
+        return None
+
+
+# ── Revoker: may this session start, and when must it end? ──────────────────────────────────────────────────
+
+
+class Revoker(Plugin):
+    kind = "revoker"
+
+    @abstractmethod
+    async def check(self, share: Share, session: Session) -> Revocation | None:
+        """Asked when a session starts and when its grant is rebuilt. None: it may go on. Raise Denied to
+        refuse for now, with words for the visitor."""
+
+    def watch(self) -> AsyncIterator[Revocation] | None:
+        """Revocations as they happen; None when this plugin has none of its own."""
+        return None
+
+
+# ── BackendChooser: which gateway serves this session? ──────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The question: `candidates` is never empty and holds healthy, connected gateways only."""
+
+    share: Share
+    session: Session
+    candidates: Sequence[Candidate]
+
+
+class BackendChooser(Plugin):
+    kind = "backend-chooser"
+
+    @abstractmethod
+    async def choose(self, choice: Choice) -> Candidate | None:
+        """One of the candidates, or None to let the next chooser answer."""
+
+
+# ── RequestFilter: may this request pass? ───────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """A request, before it is relayed. `path` is what will be forwarded, undecoded, with the query."""
+
+    method: str
+    path: str
+    headers: Sequence[tuple[str, str]]
+    client: Client
+    share: Share
+    session: Session | None
+    at: float
+
+    def header(self, name: str) -> str | None:
+        """The only field of that name (case-insensitive); None when absent or repeated."""
+        found = [v for k, v in self.headers if k.lower() == name.lower()]
+        return found[0] if len(found) == 1 else None
+
+    def now(self, zone: tzinfo = UTC) -> datetime:
+        """When the request came, on the clock of `zone`."""
+        return datetime.fromtimestamp(self.at, zone)
+
+
+@dataclass(frozen=True, slots=True)
+class Edits:
+    """Header edits towards the application: names to remove, then fields to add."""
+
+    remove: frozenset[str] = frozenset()
+    add: tuple[tuple[str, str], ...] = ()
+
+
+class RequestFilter(Plugin):
+    kind = "request-filter"
+
+    @abstractmethod
+    async def on_request(self, request: RequestContext) -> Edits | None:
+        """None to let it pass. Raises Denied to answer 403."""
+
+
+# ── Notifier: deliver an invitation or a code ───────────────────────────────────────────────────────────────
+
+
+class Notifier(Plugin):
+    kind = "notifier"
+
+    def accepts(self, message: Message) -> bool:
+        """Whether this one delivers to that address; the first that does is asked."""
+        return True
+
+    @abstractmethod
+    async def deliver(self, message: Message) -> str:
+        """Hand the message over; returns a short receipt for the owner. Raises NotDelivered."""
+
+
+# ── Observer: tell me what happened ─────────────────────────────────────────────────────────────────────────
+
+
+class Observer(Plugin):
+    kind = "observer"
+
+    @abstractmethod
+    async def on_event(self, event: Event) -> None:
+        """Errors are logged and isolated."""
