@@ -1,0 +1,48 @@
+"""`guestpass edge`: the public reverse proxy."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from guestpass.cli.output import Output
+from guestpass.cli.parser import add_command, log_option
+
+if TYPE_CHECKING:
+    from guestpass.cli.parser import Commands
+
+
+def add(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "edge",
+        "run the edge: the public reverse proxy",
+        about="SIGTERM and SIGINT drain and end it, SIGHUP reloads the configuration; live streams stay.",
+        example="guestpass edge --config edge.toml",
+        run=run,
+        parents=[log_option()],
+    )
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="edge.toml")
+
+
+def run(args: argparse.Namespace, output: Output) -> int:
+    """Raises GuestpassError when it cannot start."""
+    from guestpass import loop
+    from guestpass.config import load_edge
+    from guestpass.daemon import notify_systemd, set_up_logging
+    from guestpass.edge.app import serve
+
+    set_up_logging(getattr(args, "log_level", "info"))
+    config = load_edge(args.config)
+
+    def ready(facts: dict[str, Any]) -> None:
+        output.result(
+            facts,
+            f"The edge {facts['edge']} is ready on {', '.join(facts['listen'])} (process {facts['pid']}).",
+            *([f"Mail is written to {facts['outbox']}."] if facts.get("outbox") else []),
+        )
+        notify_systemd("READY=1", f"STATUS=Serving {facts['edge']}")
+
+    loop.run(serve(config, ready=ready))
+    return 0

@@ -1,0 +1,139 @@
+"""`guestpass plugin …`: what is installed, and how it is configured."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import sys
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+
+from guestpass.cli.output import Output, fields, table
+from guestpass.cli.parser import add_command
+from guestpass.errors import PluginError
+
+if TYPE_CHECKING:
+    from guestpass.cli.parser import Commands
+    from guestpass.edge.plugins import Available
+
+
+def add(commands: Commands) -> None:
+    plugin = add_command(commands, "plugin", "list and describe plugins", example="guestpass plugin list")
+    actions = plugin.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
+    add_command(
+        actions,
+        "list",
+        "list the installed plugins, without running any of them",
+        about="What runs is named in edge.toml.",
+        example="guestpass plugin list",
+        run=_list,
+    )
+    show = add_command(
+        actions,
+        "show",
+        "show what a plugin is for, and its settings",
+        example="guestpass plugin show email-code",
+        run=_show,
+    )
+    show.add_argument("name", metavar="NAME", help="as `guestpass plugin list` prints it")
+
+
+def _list(args: argparse.Namespace, output: Output) -> int:
+    from guestpass.edge.plugins import load_available
+
+    plugins = load_available()
+    rows = [(p.name, p.kind, p.target, f"{p.package} {p.version}") for p in plugins]
+    text = table(("name", "kind", "class", "package"), rows) if rows else "No plugins are installed."
+    output.result({"plugins": [dataclasses.asdict(plugin) for plugin in plugins]}, text)
+    return 0
+
+
+def _show(args: argparse.Namespace, output: Output) -> int:
+    from guestpass.config import nearest
+    from guestpass.edge.plugins import load_available
+
+    plugins = load_available()
+    found = [_describe(plugin) for plugin in plugins if plugin.name == args.name]
+    if not found:
+        near = nearest(args.name, [plugin.name for plugin in plugins])
+        raise PluginError(
+            f'no plugin is called "{args.name}"',
+            hint=f'Did you mean "{near}"?' if near else "See `guestpass plugin list`.",
+            code="plugin_not_found",
+        )
+    # Two kinds may have a plugin of one name: their sections in edge.toml tell them apart.
+    data = found[0] if len(found) == 1 else {"plugins": found}
+    output.result(data, "\n\n".join(_text(plugin) for plugin in found))
+    return 0
+
+
+def _describe(plugin: Available) -> dict[str, Any]:
+    from guestpass.edge.plugins import KINDS, load_class
+
+    kind = next(kind for kind in KINDS.values() if kind.name == plugin.kind)
+    cls = load_class(kind, plugin.name, Path())
+    settings = [
+        {
+            "key": field.alias or name,
+            "type": _type_name(field.annotation),
+            "required": field.is_required(),
+            "default": None if field.is_required() else _plain(field.get_default(call_default_factory=True)),
+            "about": field.description or "",
+        }
+        for name, field in cls.Config.model_fields.items()
+    ]
+    return {
+        **dataclasses.asdict(plugin),
+        "section": kind.section,
+        "doc": inspect.cleandoc(cls.__doc__ or sys.modules[cls.__module__].__doc__ or ""),
+        "config": settings,
+    }
+
+
+# What is written in TOML; secrets are { env = … } or { file = … }.
+TYPE_NAMES = {
+    "str": "text",
+    "SecretStr": "secret",
+    "int": "whole number",
+    "float": "number",
+    "bool": "true or false",
+}
+
+
+def _type_name(annotation: Any) -> str:
+    if hasattr(annotation, "__metadata__"):  # Annotated
+        return _type_name(annotation.__origin__)
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(_type_name(part) for part in get_args(annotation) if part is not NoneType)
+    if get_origin(annotation) is Literal:
+        return " or ".join(repr(value) for value in get_args(annotation))
+    if not isinstance(annotation, type) or get_origin(annotation) is not None:
+        return str(annotation).replace("typing.", "")
+    return TYPE_NAMES.get(annotation.__name__, annotation.__name__.lower())
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _need(setting: dict[str, Any]) -> str:
+    if setting["required"]:
+        return "required"
+    return "optional" if setting["default"] is None else f"default {setting['default']}"
+
+
+def _text(plugin: dict[str, Any]) -> str:
+    head = fields(
+        [
+            ("Plugin", plugin["name"]),
+            ("Kind", plugin["kind"]),
+            ("Class", plugin["target"]),
+            ("Package", f"{plugin['package']} {plugin['version']}"),
+            ("In edge.toml", f'[[{plugin["section"]}]] with use = "{plugin["name"]}"'),
+        ]
+    )
+    rows = [(s["key"], s["type"], _need(s), s["about"]) for s in plugin["config"]]
+    settings = table(("setting", "type", "", ""), rows) if rows else "It has no settings."
+    return "\n\n".join(part for part in (head, plugin["doc"], settings) if part)
