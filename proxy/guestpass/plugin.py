@@ -350,7 +350,8 @@ class Revoker(Plugin):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The question: `candidates` is never empty and holds healthy, connected gateways only."""
+    """The question: `candidates` is never empty and holds connected gateways that reach the service; when it is down
+    behind all of them, those that offer it (`healthy` is False)."""
 
     share: Share
     session: Session

@@ -113,7 +113,7 @@ async def test_a_cookie_of_a_sibling_opens_nothing(stack: Stack) -> None:
 
 
 async def test_the_admin_listener_knows_its_names(stack: Stack) -> None:
-    url = stack.edge._listeners[0].url
+    url = stack.metrics_url.removesuffix("/metrics")
     for host, status in (("localhost", 200), ("127.0.0.1:1", 200), ("rebound.example", 421)):
         async with stack.session.get(f"{url}/healthz", headers={"Host": host}) as answer:
             assert answer.status == status, host

@@ -57,7 +57,7 @@ class Gateways:
         self.connected = [Candidate("plant", "a"), Candidate("plant", "b")]
         self.statuses: list[GatewayStatus] = []
 
-    def candidates(self, site: str, service: str) -> list[Candidate]:
+    def candidates(self, site: str, service: str, *, unwell: bool = False) -> list[Candidate]:
         return [c for c in self.connected if c.site == site]
 
     def is_connected(self, site: str, name: str) -> bool:

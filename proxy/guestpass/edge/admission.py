@@ -174,11 +174,18 @@ class Admission(Desk):
     async def choose_gateway(
         self, share: Share, session: Session, exclude: frozenset[str] = frozenset()
     ) -> str:
-        """The name of the gateway that serves the session. Raises NoGateway."""
-        candidates = [c for c in self._tunnels.candidates(share.site, share.service) if c.name not in exclude]
-        if not candidates:
+        """The name of the gateway that serves the session. Raises NoGateway.
+
+        When the service is down behind all of them, one that offers it: it says so (502), and knows first when the
+        service is back."""
+        for unwell in (False, True):
+            found = self._tunnels.candidates(share.site, share.service, unwell=unwell)
+            candidates = [c for c in found if c.name not in exclude]
+            if candidates:
+                break
+        else:
             raise NoGateway(
-                f"no gateway of {share.site} that reaches {share.service} is connected",
+                f"no gateway of {share.site} that offers {share.service} is connected",
                 hint="Start a gateway, or see why it does not connect: guestpass gateway list.",
             )
         return (await self._plugins.choose(Choice(share, session, candidates))).name

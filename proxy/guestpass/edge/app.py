@@ -7,11 +7,9 @@ keys, certificates), the store, then the parts, then the listeners: a fault stop
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
-import signal
 import ssl
 import time
 from collections.abc import Awaitable, Callable
@@ -25,6 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from guestpass import config as configuration
 from guestpass.config import EdgeConfig, PluginSection
+from guestpass.daemon import Signals, reloading
 from guestpass.edge import headers as h
 from guestpass.edge.admission import Admission
 from guestpass.edge.api import Api
@@ -247,6 +246,10 @@ class Edge:
 
     def reload(self) -> None:
         """SIGHUP: certificates are read again; a configuration with faults changes nothing. Live streams stay."""
+        with reloading():
+            self._reload()
+
+    def _reload(self) -> None:
         try:
             fresh = configuration.load_edge(self.config.file)
             if fresh.edge.tls is not None and self._tls is not None:
@@ -487,18 +490,19 @@ def _host_port(value: str) -> tuple[str, int]:
 
 
 async def serve(config: EdgeConfig, *, ready: Callable[[dict[str, Any]], None]) -> None:
-    """Run an edge until SIGTERM or SIGINT; SIGHUP reloads. Raises GuestpassError when it cannot start."""
-    running = asyncio.get_running_loop()
-    stop = asyncio.Event()
+    """Run an edge until SIGTERM or SIGINT, which drain it (a second one stops at once); SIGHUP reloads. Raises
+    GuestpassError when it cannot start."""
     edge = Edge(config)
     line = await edge.start()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        running.add_signal_handler(number, stop.set)
-    running.add_signal_handler(signal.SIGHUP, edge.reload)
     try:
-        ready(line)
-        await stop.wait()
-        await edge.drain()
+        with Signals(on_reload=edge.reload) as signals:
+            ready(line)
+            await signals.stop.wait()
+            drained = asyncio.ensure_future(edge.drain())
+            hurried = asyncio.ensure_future(signals.hurry.wait())
+            await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)
+            drained.cancel()
+            hurried.cancel()
+            await asyncio.gather(drained, hurried, return_exceptions=True)
     finally:
-        with contextlib.suppress(asyncio.CancelledError):
-            await edge.stop()
+        await edge.stop()

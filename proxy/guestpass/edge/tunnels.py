@@ -295,8 +295,9 @@ class Tunnels:
 
     # ── what the edge asks ───────────────────────────────────────────────────────────────────────────────────────
 
-    def candidates(self, site: str, service: str) -> list[Candidate]:
-        """Connected gateways of the site that reach the service and take new streams."""
+    def candidates(self, site: str, service: str, *, unwell: bool = False) -> list[Candidate]:
+        """Connected gateways of the site that reach the service and take new streams; with `unwell`, also those that
+        offer the service and do not reach it now."""
         return [
             Candidate(
                 site=site,
@@ -305,10 +306,11 @@ class Tunnels:
                 labels=registered.labels,
                 streams=registered.streams,
                 rtt=registered.rtt,
-                healthy=True,
+                healthy=registered.services[service],
             )
             for registered in self._sites.get(site, {}).values()
-            if registered.services.get(service) and registered.usable()
+            if (registered.services.get(service) or (unwell and service in registered.services))
+            and registered.usable()
         ]
 
     def is_connected(self, site: str, name: str) -> bool:

@@ -1,0 +1,143 @@
+"""What the documentation says about settings, metrics and plugins is compared with the code."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from guestpass.config import (
+    EdgeConfig,
+    EdgeSection,
+    GatewayConfig,
+    GatewaySection,
+    Mail,
+    PluginSection,
+    Service,
+    parse,
+)
+from guestpass.edge.metrics import Metrics
+from guestpass.edge.plugins import KINDS, PluginSet, load_available
+
+DOCS = Path(__file__).parent.parent / "docs"
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def text(name: str) -> str:
+    return (DOCS / name).read_text("utf-8")
+
+
+def section(page: str, heading: str) -> str:
+    """What stands below a heading of the second level."""
+    found = re.search(rf"^## {re.escape(heading)}$(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    assert found is not None, heading
+    return found[1]
+
+
+def rows(table: str) -> dict[str, list[str]]:
+    """The rows of the tables in a text, by the name in their first cell."""
+    found = {}
+    for line in table.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+        if name := re.match(r"`([a-z_]+)`$", cells[0]):
+            found[name[1]] = cells
+    return found
+
+
+def keys(model: type[BaseModel]) -> set[str]:
+    return {field.alias or name for name, field in model.model_fields.items()}
+
+
+@pytest.mark.parametrize(
+    ("page", "heading", "model"),
+    [
+        ("edge.md", "`[edge]`", EdgeSection),
+        ("edge.md", "`[mail]`", Mail),
+        ("gateway.md", "`[gateway]`", GatewaySection),
+        ("gateway.md", "`[services.NAME]`", Service),
+    ],
+)
+def test_every_key_is_documented_and_no_other(page: str, heading: str, model: type[BaseModel]) -> None:
+    assert set(rows(section(text(page), heading))) == keys(model)
+
+
+@pytest.mark.parametrize(
+    ("page", "heading", "model"),
+    [
+        ("edge.md", "`[edge]`", EdgeSection),
+        ("gateway.md", "`[gateway]`", GatewaySection),
+        ("gateway.md", "`[services.NAME]`", Service),
+    ],
+)
+def test_defaults_are_those_of_the_code(page: str, heading: str, model: type[BaseModel]) -> None:
+    for name, (_, default, *_) in rows(section(text(page), heading)).items():
+        literal = re.fullmatch(r"`(.+)`", default)
+        if literal is None:
+            continue
+        value = tomllib.loads(f"x = {literal[1]}")["x"]
+        actual = model.model_fields[name].default
+        actual = (
+            list(actual) if isinstance(actual, tuple) else str(actual) if isinstance(actual, Path) else actual
+        )
+        assert value == actual, name
+
+
+def listings(language: str) -> Iterable[tuple[str, str]]:
+    for path in sorted(DOCS.glob("*.md")):
+        for kind, content in FENCE.findall(path.read_text("utf-8")):
+            if kind == language:
+                yield path.name, content
+
+
+@pytest.mark.parametrize(("page", "listing"), [*listings("toml")])
+def test_configurations_are_valid(page: str, listing: str, tmp_path: Path) -> None:
+    data = tomllib.loads(listing)
+    if "gateway" in data:
+        parse(GatewayConfig, data, tmp_path / "gateway.toml")
+    else:
+        parse(EdgeConfig, data, tmp_path / "edge.toml")
+
+
+def test_the_plugin_of_the_page_loads(tmp_path: Path) -> None:
+    page = text("plugins.md")
+    source = next(content for kind, content in FENCE.findall(page) if kind == "python")
+    (tmp_path / "office_hours.py").write_text(source, "utf-8")
+    (tmp_path / "office_hours.py").chmod(0o600)
+    tmp_path.chmod(0o700)
+    settings = tomllib.loads(next(content for kind, content in FENCE.findall(page) if kind == "toml"))
+    outbox = {"notify": [{"use": "outbox", "folder": str(tmp_path / "outbox")}]}
+    plugins = PluginSet.load(parse(EdgeConfig, {**settings, **outbox}, tmp_path / "edge.toml"))
+    assert [plugin.config.zone for plugin in plugins.filters] == ["Europe/Zurich"]
+
+
+def test_the_bundled_plugins_are_named() -> None:
+    page = text("plugins.md")
+    for plugin in load_available():
+        assert f"`{plugin.name}`" in page
+    for kind in KINDS.values():
+        assert f"`{kind.base.__name__}`" in page
+
+
+def test_plugin_sections_and_their_defaults() -> None:
+    page = section(text("edge.md"), "Plugins")
+    config = EdgeConfig()
+    for name in KINDS:
+        line = next(line for line in page.splitlines() if re.match(rf"\| `\[+{name}\]+`", line))
+        defaults: tuple[PluginSection, ...] = getattr(config, name)
+        assert all(f"`{plugin.use}`" in line for plugin in defaults)
+
+
+def test_every_metric_is_documented() -> None:
+    metrics = Metrics()
+    metrics.watch(
+        grants=lambda: 0, streams=lambda: 0, tunnels=lambda: [("s", "g", 1, 0.1)], tunnel_bytes=lambda: (0, 0)
+    )
+    page = text("operations.md")
+    for family in metrics.registry.collect():
+        if family.name.startswith("guestpass_"):
+            suffix = "_total" if family.type == "counter" else ""
+            assert f"`{family.name}{suffix}" in page, family.name
