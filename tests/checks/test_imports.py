@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "mux": {"guestpass_speedups"},
     "gateway": {"mux", "guestpass_speedups"},
     "shares": set(),
-    "edge": {"mux", "shares", "guestpass_speedups"},
+    "edge": {"mux", "shares", "daemon", "guestpass_speedups"},
     "cli": {"edge", "gateway", "shares", "daemon", "local_ca", "guestpass_speedups"},
     "daemon": set(),
     "local_ca": set(),

@@ -122,6 +122,7 @@ class Tunnels:
         self._unproven_by_address: Counter[str] = Counter()
         self._judged: dict[EdgeLink, tuple[str, str]] = {}
         self._links: set[EdgeLink] = set()
+        self._ended: set[asyncio.Future[None]] = set()
         self._bytes_received = 0
         self._bytes_sent = 0
         self._touch_timer: asyncio.TimerHandle | None = None
@@ -257,6 +258,9 @@ class Tunnels:
     def link_ended(self, link: EdgeLink, end: End) -> None:
         self._proven(link)
         self._links.discard(link)
+        if not link.closed.done():
+            self._ended.add(link.closed)
+            link.closed.add_done_callback(self._ended.discard)
         self._bytes_received += link.bytes_received
         self._bytes_sent += link.bytes_sent
         registered = self._registered(link)
@@ -399,6 +403,7 @@ class Tunnels:
                 self._ask_to_leave(link)
         await asyncio.gather(*(link.drain(seconds) for link in links))
         self.close()
+        await self.wait_closed()
 
     def close(self) -> None:
         """End every tunnel now."""
@@ -408,6 +413,11 @@ class Tunnels:
         if self._touch_timer is not None:
             self._touch_timer.cancel()
             self._touch_timer = None
+
+    async def wait_closed(self) -> None:
+        """Returns when the connections of all tunnels that have ended are gone, after a few seconds at most."""
+        if self._ended:
+            await asyncio.wait(self._ended)
 
 
 class _Ignored(asyncio.Protocol):
