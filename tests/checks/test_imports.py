@@ -12,7 +12,19 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted(p for root in ("proxy", "_speedups", "plugins") for p in (ROOT / root).rglob("*.py"))
 
 # Small modules that know no other part: anybody inside guestpass may use them.
-BASE = {"errors", "model", "plugin", "tokens", "scope", "addresses", "moments", "config", "hosts", "loop", "_version"}
+BASE = {
+    "errors",
+    "model",
+    "plugin",
+    "tokens",
+    "scope",
+    "addresses",
+    "moments",
+    "config",
+    "hosts",
+    "loop",
+    "_version",
+}
 
 # part of guestpass → parts it may import besides BASE and itself. `app` and `agent` wire their own side together.
 ALLOWED: dict[str, set[str]] = {

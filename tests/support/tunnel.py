@@ -124,7 +124,7 @@ async def edge(folder: Path, *, tls: bool, binding: bytes | None = b"own") -> As
     finally:
         tunnels.close()
         server.close()
-        await until(lambda: not tunnels._links, "all tunnels closed")
+        await tunnels.wait_closed()
 
 
 @dataclass

@@ -314,9 +314,7 @@ class Relay:
                     tried.add(gateway)
                     continue
                 status = STATUS_OF_RESET.get(exc.code, 502)
-                return self._problem(
-                    request, status, f"{grant.site}/{gateway}/{grant.service}: {exc}"
-                )
+                return self._problem(request, status, f"{grant.site}/{gateway}/{grant.service}: {exc}")
         raise AssertionError("the last attempt returns")
 
     async def _gateway(self, grant: Grant, tried: set[str]) -> str:
