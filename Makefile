@@ -8,6 +8,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := $(shell find proxy _speedups plugins -type f ! -name '*.so' ! -name '*.pyc' ! -name '*.c' ! -path '*.egg-info*') \
 	setup.py pyproject.toml MANIFEST.in README.md LICENSE
 
+# cython-lint calls pycodestyle by name.
+export PATH := $(abspath $(BIN)):$(PATH)
+
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-apps check format screenshots bench build clean
 
