@@ -1,4 +1,3 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, auto_pickle=False
 """Sans-I/O session of one tunnel: streams, credit, scheduling. Wire format and rules: guestpass/mux/SPEC.md.
 
 Theory of operation
