@@ -1,6 +1,9 @@
 # One command for each thing a developer does. Everything is installed into $(VENV); nothing else on the machine changes.
 #   make demo   make test   make test-apps   make check   make bench
 
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
