@@ -274,6 +274,8 @@ def test_nothing_is_left_to_shared_caches(given: bytes, expected: bytes) -> None
         (b"a=domain=x; HttpOnly", b"a=domain=x; HttpOnly"),
         (b"__Host-guestpass=x; Path=/; Secure", None),
         (b"__host-gp-nonce=x", None),
+        (b"=__Host-guestpass=1; Path=/", None),
+        (b" = __host-gp-me=1", None),
     ],
 )
 def test_set_cookie(given: bytes, expected: bytes | None) -> None:

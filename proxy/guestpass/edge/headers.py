@@ -337,7 +337,8 @@ def private_cache_control(value: bytes) -> bytes:
 def clean_set_cookie(value: bytes) -> bytes | None:
     """A Set-Cookie of an application without Domain, so that it stays on the share's own origin; None for our names."""
     parts = [part.strip(b" \t") for part in value.split(b";")]
-    if parts[0].lower().startswith(OUR_COOKIE_PREFIXES):
+    # "=__Host-…" is a cookie without a name that a browser would send back as one of ours.
+    if parts[0].lstrip(b"= \t").lower().startswith(OUR_COOKIE_PREFIXES):
         return None
     return b"; ".join(
         p for i, p in enumerate(parts) if i == 0 or p.lower().partition(b"=")[0].strip(b" \t") != b"domain"
