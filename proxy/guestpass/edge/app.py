@@ -290,7 +290,7 @@ class Edge:
     def _api_key(self, state: Path) -> tuple[str, Path | None]:
         secret = self.config.edge.api_key
         if secret is not None:
-            return secret.read(self.config.folder), None
+            return secret.of(self.config.file, "edge.api_key"), None
         path = state / "api.key"
         return _secret_file(path, API_KEY_PREFIX), path
 
@@ -455,8 +455,9 @@ def with_notifiers(config: EdgeConfig) -> EdgeConfig:
     if config.mail is not None:
         settings: dict[str, Any] = {"url": config.mail.smtp, "sender": config.mail.sender}
         if config.mail.password is not None:
-            settings["password"] = config.mail.password.read(config.folder)
-        section = PluginSection(use="smtp", **settings)
+            settings["password"] = config.mail.password.of(config.file, "mail.password")
+        keys = {"url": "mail.smtp", "sender": "mail.from", "password": "mail.password"}
+        section = PluginSection.standing_for("[mail]", keys, use="smtp", **settings)
     else:
         section = PluginSection(use="outbox", folder=str(config.resolve(config.edge.outbox).absolute()))
     return config.model_copy(update={"notify": (section,)})
