@@ -151,6 +151,27 @@ async def test_expiry_ends_live_streams_without_a_request(clock: Clock, table: G
     assert len(table) == 0
 
 
+async def test_a_share_that_was_prolonged_goes_on(clock: Clock, table: GrantTable) -> None:
+    grant, other = make(1, expires=clock.now + 0.02), make(2, expires=clock.now + 3600)
+    stream, _ = with_stream(table, grant), with_stream(table, other)
+    generation = table.generation
+    share = dataclasses.replace(grant.share, name="new", expires=clock.now + 0.1)
+    session = dataclasses.replace(grant.session, expires=None)
+    table.renew(share, {session.id: session})
+    clock.now += 0.05
+    await asyncio.sleep(0.05)
+    assert not stream.ended
+    assert find(table, grant) is grant
+    assert (grant.share.name, grant.expires) == ("new", share.expires)
+    assert other.share.name != "new", "not among the live sessions"
+    assert not table.add(make(3), generation), "who asked before heard of the share as it was"
+    clock.now += 1
+    async with asyncio.timeout(5):
+        while not stream.ended:
+            await asyncio.sleep(0.01)
+    assert stream.ended == ["expired"]
+
+
 async def test_a_clock_that_was_set_back_only_delays_expiry(clock: Clock, table: GrantTable) -> None:
     grant = make(1, expires=clock.now + 0.02)
     stream = with_stream(table, grant)

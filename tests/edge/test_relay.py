@@ -440,6 +440,20 @@ async def test_expiry_ends_a_live_stream(stack: Stack) -> None:
         assert response.status == 410
 
 
+async def test_a_prolonged_share_keeps_what_is_open(stack: Stack) -> None:
+    share = await stack.new_share(expires=time.time() + 1.5)
+    token = await stack.new_token(share)
+    headers = {"Host": f"{share}.localhost:{stack.port}", "Authorization": f"Bearer {token}"}
+    async with stack.session.ws_connect(stack.url("/echo"), headers=headers) as ws:
+        await ws.send_str("a")
+        assert await ws.receive_str() == "a!"
+        updated = await stack.edge.service.update(share, expires=time.time() + 3600)
+        assert updated.revoked.streams == 0
+        await asyncio.sleep(1.6)  # past the end that it had
+        await ws.send_str("b")
+        assert (await ws.receive(timeout=5)).data == "b!"
+
+
 async def test_a_visitor_that_leaves_ends_the_work(app: web.AppRunner, stack: Stack) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", stack.port)
     writer.write(stack.head("GET", "/forever"))

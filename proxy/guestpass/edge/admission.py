@@ -206,7 +206,7 @@ class Admission(Desk):
                 raise Unauthorized("There is no such session.")
             await self._check(share, session)
             gateway = await self.choose_gateway(share, session)
-            expires = min((t for t in (share.expires, session.expires) if t is not None), default=None)
+            expires = Grant.end_of(share, session)
             grant = Grant(
                 kind=kind, digest=digest, share=share, session=session, gateway=gateway, expires=expires
             )
@@ -309,9 +309,8 @@ class Admission(Desk):
         if recipient is None:
             return self._not_invited(identity, share)
         now = self._now()
+        # Not cut to the share's own end: that may be moved, and holds anyway.
         expires = now + SESSION_SECONDS
-        if share.expires is not None:
-            expires = min(expires, share.expires)
         await self._end_previous(request, share.id)
         client: Client = request[CLIENT]
         candidate = Session(

@@ -125,6 +125,7 @@ class Edge:
             now=time.time,
             emit=self.events.emit,
             public_url=edge.public_url,
+            renew=lambda share, sessions: self.grants.renew(share, sessions),
             share_origin=self.origins.share_origin,
             default_owner=edge.owner,
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -70,6 +70,11 @@ class Grant:
     @property
     def service(self) -> str:
         return self.share.service
+
+    @staticmethod
+    def end_of(share: Share, session: Session) -> float | None:
+        """What `expires` is."""
+        return min((t for t in (share.expires, session.expires) if t is not None), default=None)
 
     def expired(self, now: float) -> bool:
         return self.expires is not None and self.expires <= now
@@ -142,6 +147,16 @@ class GrantTable:
     def is_live(self, grant: Grant) -> bool:
         """Whether this very grant is in force. A relay that awaited something asks before it opens a stream."""
         return self._by_digest.get((grant.kind, grant.digest)) is grant and not grant.expired(self._now())
+
+    def renew(self, share: Share, sessions: Mapping[str, Session]) -> None:
+        """The share changed, and nobody loses anything by it: what is open goes on, under the new name and until the
+        new end. `sessions`: its live ones, by id."""
+        self.generation += 1  # who is asking the store right now may have heard of the share as it was
+        for grant in self._by_share.get(share.id, ()):
+            if (session := sessions.get(grant.session.id)) is not None:
+                grant.share, grant.session, grant.expires = share, session, Grant.end_of(share, session)
+                self._disarm(grant)
+                self._arm(grant)
 
     def revoke(self, revocation: Revocation) -> Revoked:
         """Drop what matches and end its streams, before returning."""
@@ -226,6 +241,10 @@ class GrantTable:
         self._discard(self._by_site, grant.site, grant)
         if grant.gateway is not None:
             self._discard(self._by_gateway, (grant.site, grant.gateway), grant)
+        self._disarm(grant)
+
+    @staticmethod
+    def _disarm(grant: Grant) -> None:
         if grant._timer is not None:
             grant._timer.cancel()
             grant._timer = None
