@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import orjson
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from guestpass import config as configuration
@@ -124,8 +125,8 @@ class Edge:
             bus,
             now=time.time,
             emit=self.events.emit,
-            public_url=edge.public_url,
             renew=lambda share, sessions: self.grants.renew(share, sessions),
+            public_url=edge.public_url,
             share_origin=self.origins.share_origin,
             default_owner=edge.owner,
         )
@@ -254,6 +255,8 @@ class Edge:
         try:
             fresh = configuration.load_edge(self.config.file)
             if fresh.edge.tls is not None and self._tls is not None:
+                # First where nobody is served: a key that does not fit would leave the context without any.
+                load_certificate(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), fresh, fresh.edge.tls)
                 load_certificate(self._tls, fresh, fresh.edge.tls)
                 self._certificate_hash = own_certificate_hash(fresh.resolve(fresh.edge.tls.cert))
             elsewhere = sorted(
@@ -315,6 +318,8 @@ class Edge:
                 await self.service.sweep()
             except GuestpassError as exc:
                 log.warning("sweep: %s", exc)
+            except Exception:  # a loop that ended would never clear anything again
+                log.exception("sweep")
 
     # ── HTTP ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -330,6 +335,7 @@ class Edge:
             app,
             handler_cancellation=True,
             access_log=None,
+            logger=_ServerLog(self.metrics),
             auto_decompress=False,
             keepalive_timeout=KEEPALIVE_TIMEOUT,
             max_line_size=MAX_LINE,
@@ -372,6 +378,8 @@ class Edge:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         target = request.raw_path
+        if request.version not in ((1, 0), (1, 1)):
+            raise h.BadRequest("this server speaks HTTP/1.1", 505)
         h.check_request(
             request.method,
             target.encode("utf-8", "surrogateescape"),
@@ -394,7 +402,8 @@ class Edge:
                 return await self.relay.handle(request, share_id)
         elif not self.origins.is_main(request.host):
             raise h.BadRequest("no such host here", 421)
-        elif target.startswith(RESERVED_PREFIX) and not target.startswith(ASSETS_PREFIX):
+        # Of the decoded path, which is what the router looks at.
+        elif request.path.startswith(RESERVED_PREFIX) and not request.path.startswith(ASSETS_PREFIX):
             raise web.HTTPNotFound
         return await handler(request)
 
@@ -406,8 +415,8 @@ class Edge:
         )
 
     async def _admin_app(self) -> str:
-        host, _ = _host_port(self.config.edge.admin_listen)
-        allowed = {"localhost", "127.0.0.1", "[::1]", host.lower()}
+        host = _host(self.config.edge.admin_listen)
+        allowed = {"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host}
 
         @web.middleware
         async def known_host(
@@ -422,7 +431,7 @@ class Edge:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        runner = web.AppRunner(app, access_log=None, logger=_ServerLog(self.metrics), shutdown_timeout=1.0)
         await runner.setup()
         self._cleanups.append(runner.cleanup)
         server = runner.server
@@ -447,6 +456,27 @@ class Edge:
         return web.json_response(
             {"status": "not ready" if faults else "ready", "faults": faults}, status=503 if faults else 200
         )
+
+
+class _ServerLog(logging.LoggerAdapter[logging.Logger]):
+    """aiohttp's log without what visitors sent: its parser quotes the bytes that it refuses, which may be a cookie or a
+    piece of an upload, and anybody could fill the log with them."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        super().__init__(logging.getLogger("guestpass.edge.http"), {})
+        self._refused = metrics.refused
+
+    def exception(self, msg: object, *args: Any, exc_info: Any = True, **more: Any) -> None:
+        if isinstance(exc_info, HttpProcessingError):
+            self._refused.labels(str(exc_info.code)).inc()
+        else:
+            super().exception(msg, *args, exc_info=exc_info, **more)
+
+    def debug(self, msg: object, *args: Any, exc_info: Any = None, **more: Any) -> None:
+        if isinstance(exc_info, HttpProcessingError):
+            self._refused.labels(str(exc_info.code)).inc()
+        else:
+            super().debug(msg, *args, exc_info=exc_info, **more)
 
 
 def with_notifiers(config: EdgeConfig) -> EdgeConfig:
@@ -486,9 +516,9 @@ def _secret_file(path: Path, prefix: str = "") -> str:
     return configuration.Secret(file=path.absolute()).read(path.parent)
 
 
-def _host_port(value: str) -> tuple[str, int]:
-    parts = urlsplit("//" + value)
-    return parts.hostname or "", parts.port or 0
+def _host(value: str) -> str:
+    """Of HOST:PORT, in lower case; an IPv6 address without its brackets."""
+    return urlsplit("//" + value).hostname or ""
 
 
 async def serve(config: EdgeConfig, *, ready: Callable[[dict[str, Any]], None]) -> None:
