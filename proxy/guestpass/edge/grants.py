@@ -37,6 +37,15 @@ class LiveStream(Protocol):
         """End it now: nothing more may reach the visitor. Called at most once; must not raise."""
 
 
+class Tail(Protocol):
+    """What is complete here and still on its way to the visitor: in our buffers, or in the kernel's."""
+
+    grant: Grant
+
+    def cut(self) -> bool:
+        """Nothing more of it may reach the visitor; whether there was something. Must not raise."""
+
+
 @dataclass(slots=True, eq=False)
 class Grant:
     """One session's permission, and what is open under it. `digest` is the SHA-256 of the cookie or token."""
@@ -49,6 +58,7 @@ class Grant:
     expires: float | None  # seconds since the epoch: the earlier of share and session
     last_used: float = 0.0
     streams: set[LiveStream] = field(default_factory=set)
+    tails: dict[object, Tail] = field(default_factory=dict)  # by connection
     headers: bytes = (
         b""  # identity fields for the application, made by the relay, with an expiry of their own
     )
@@ -124,6 +134,10 @@ class GrantTable:
             for stream in old.streams:
                 stream.grant = grant
             old.streams = set()
+            grant.tails |= old.tails
+            for tail in grant.tails.values():
+                tail.grant = grant
+            old.tails = {}
             self._drop(old)
         grant.last_used = self._now()
         self._by_digest[(grant.kind, grant.digest)] = grant
@@ -192,7 +206,7 @@ class GrantTable:
     def sweep(self) -> int:
         """Drop grants that were idle for long; returns how many."""
         limit = self._now() - IDLE_SECONDS
-        idle = [g for g in self._by_digest.values() if not g.streams and g.last_used < limit]
+        idle = [g for g in self._by_digest.values() if not g.streams and not g.tails and g.last_used < limit]
         for grant in idle:
             self._drop(grant)
         return len(idle)
@@ -229,7 +243,8 @@ class GrantTable:
         grant.streams.clear()
         for stream in ended:
             stream.end(reason)
-        return len(ended)
+        tails, grant.tails = grant.tails, {}
+        return len(ended) + sum(tail.cut() for tail in tails.values())
 
     def _drop(self, grant: Grant) -> None:
         if self._by_digest.get((grant.kind, grant.digest)) is grant:
