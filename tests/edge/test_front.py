@@ -16,6 +16,7 @@ from aiohttp import web
 from support.stack import Stack, running
 
 from guestpass.daemon import set_up_logging
+from guestpass.edge import browser
 from guestpass.local_ca import write_certificates
 
 
@@ -91,6 +92,17 @@ async def test_an_encoded_reserved_path_is_nothing_on_the_main_origin(
         async with stack.session.get(stack.url(path), headers=main) as answer:
             assert answer.status == 404, path
     assert "unexpected" not in caplog.text
+
+
+async def test_half_a_form_is_not_waited_for(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(browser, "BODY_SECONDS", 0.2)
+    main = f"Host: localhost:{stack.port}\r\nOrigin: http://localhost:{stack.port}\r\nContent-Length: 100\r\n"
+    form = (
+        f"POST /console/sign-in HTTP/1.1\r\n{main}Content-Type: application/x-www-form-urlencoded\r\n\r\nkey="
+    )
+    json = f"POST /api/v1/gateways/enroll HTTP/1.1\r\n{main}Content-Type: application/json\r\n\r\n{{"
+    for request in (form, json):
+        assert b" 408 " in await stack.raw(request.encode())  # and then the connection is closed
 
 
 async def test_other_versions_of_http_are_not_spoken(stack: Stack) -> None:
