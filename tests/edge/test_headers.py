@@ -119,6 +119,11 @@ ALIASES = [
     b"X-Original-URL",
     b"x_rewrite_url",
     b"X-HTTP-Method-Override",
+    b"Remote-User",
+    b"X_WEBAUTH_USER",
+    b"X-Forwarded-Email",
+    b"X-Auth-Request-Preferred-Username",
+    b"Cf-Access-Authenticated-User-Email",
 ]
 
 
@@ -134,6 +139,9 @@ def test_cookies_and_tokens_of_ours_are_stripped_and_others_kept() -> None:
     )
     assert b"Cookie: a=1; b=2; c=3\r\n" in head
     assert b"secret" not in head
+    for blanks in (b" ", b"  ", b"\t", b" \t "):
+        for scheme in (b"Bearer", b"BEARER"):
+            assert b"secret" not in head_of((b"Authorization", scheme + blanks + b"gp_secret")), blanks
     assert b"Authorization: Basic eA==\r\n" in head_of((b"Authorization", b"Basic eA=="))
     assert b"Authorization: Bearer other\r\n" in head_of((b"Authorization", b"Bearer other"))
     assert b"Cookie" not in head_of((b"Cookie", b"__Host-guestpass=secret"))
