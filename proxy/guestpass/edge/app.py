@@ -306,8 +306,7 @@ class Edge:
         ended = self.grants.revoke(revocation)
         if revocation.gateway is not None:
             self.tunnels.disconnect(*revocation.gateway)
-        self.metrics.revocations.labels(revocation.reason).inc()
-        self.metrics.revocation_seconds.observe(ended.took_ms / 1000)
+        self.metrics.count_revocation(revocation.reason, ended.took_ms / 1000)
         return ended
 
     async def _sweep(self) -> None:

@@ -9,6 +9,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+# Why something was revoked; a plugin's own reasons may be any text, a label may not.
+REASONS = frozenset(
+    ("deleted", "expired", "recipient_removed", "session_ended", "share_updated", "gateway_removed")
+    + ("ended_by_owner", "replaced", "signed_out", "max_sessions", "denied", "plugin_failed")
+)
+
 
 class Metrics:
     """Counters that the edge's parts increase; `watch` adds what is read when somebody asks."""
@@ -52,6 +58,10 @@ class Metrics:
         self.refused = Counter(
             "guestpass_refused", "Requests refused before any lane", ("status",), registry=self.registry
         )
+
+    def count_revocation(self, reason: str, seconds: float) -> None:
+        self.revocations.labels(reason if reason in REASONS else "other").inc()
+        self.revocation_seconds.observe(seconds)
 
     def observe_hook(self, plugin: str, hook: str, seconds: float, error: bool) -> None:
         self.plugin_seconds.labels(plugin, hook).observe(seconds)
