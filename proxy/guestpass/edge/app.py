@@ -222,7 +222,7 @@ class Edge:
         deadline = time.monotonic() + seconds
         while self.grants.all_streams and time.monotonic() < deadline:
             await asyncio.sleep(DRAIN_POLL)
-        left = self.grants.end_all("edge_stopping")
+        left = self.grants.end_all("edge_stopping", tails=False)
         if left:
             log.info("drain: %d streams were still open after %g s", left, seconds)
 

@@ -211,11 +211,11 @@ class GrantTable:
             self._drop(grant)
         return len(idle)
 
-    def end_all(self, reason: str) -> int:
+    def end_all(self, reason: str, *, tails: bool = True) -> int:
         """Drop every grant and end its streams: the end of a drain, or nobody can say any more whom to admit. Returns
-        how many streams."""
+        how many streams. Without `tails`, what is complete here may still reach the visitors."""
         self.generation += 1
-        return sum(self._end(grant, reason) for grant in list(self._by_digest.values()))
+        return sum(self._end(grant, reason, tails=tails) for grant in list(self._by_digest.values()))
 
     # ── inner ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -237,14 +237,15 @@ class GrantTable:
         sets.sort(key=len)  # type: ignore[arg-type]
         return list(set(sets[0]).intersection(*sets[1:]))
 
-    def _end(self, grant: Grant, reason: str) -> int:
+    def _end(self, grant: Grant, reason: str, *, tails: bool = True) -> int:
         self._drop(grant)
         ended = list(grant.streams)
         grant.streams.clear()
         for stream in ended:
             stream.end(reason)
-        tails, grant.tails = grant.tails, {}
-        return len(ended) + sum(tail.cut() for tail in tails.values())
+        cut = list(grant.tails.values()) if tails else []
+        grant.tails.clear()
+        return len(ended) + sum(tail.cut() for tail in cut)
 
     def _drop(self, grant: Grant) -> None:
         if self._by_digest.get((grant.kind, grant.digest)) is grant:
