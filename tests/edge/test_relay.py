@@ -22,7 +22,9 @@ import pytest
 from aiohttp import WSMsgType, web
 from support.stack import EMAIL, RawServer, Stack, read_head, running
 
+from guestpass.edge.plugins import PluginSet
 from guestpass.model import Revocation
+from guestpass.plugin import RequestContext
 
 MB = 1 << 20
 
@@ -500,6 +502,27 @@ async def test_a_prolonged_share_keeps_what_is_open(stack: Stack) -> None:
         await asyncio.sleep(1.6)  # past the end that it had
         await ws.send_str("b")
         assert (await ws.receive(timeout=5)).data == "b!"
+
+
+async def test_a_revocation_while_the_filters_look_is_not_taken_for_the_shares_end(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was revoked may be the gateway, or the share as it was before a change."""
+    asked = 0
+
+    async def on_request(plugins: PluginSet, request: RequestContext) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            stack.edge.grants.revoke(Revocation("share_updated", share_id=stack.share_id))
+        elif asked == 3:
+            await stack.edge.service.delete(stack.share_id)
+
+    monkeypatch.setattr(PluginSet, "filters", [None])
+    monkeypatch.setattr(PluginSet, "on_request", on_request)
+    assert (await stack.get("/")).status == 200
+    assert asked == 2
+    assert (await stack.get("/")).status == 410
 
 
 async def test_a_visitor_that_leaves_ends_the_work(app: web.AppRunner, stack: Stack) -> None:

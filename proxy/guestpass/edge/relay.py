@@ -59,6 +59,9 @@ RESPONSE_TIMEOUT = 300.0
 # A request may be offered to so many gateways before the visitor is told.
 MAX_ATTEMPTS = 3
 
+# A request whose grant was dropped while the filters looked at it is admitted anew so often.
+MAX_ADMISSIONS = 3
+
 # After this many bytes from the visitor wait for an upgraded stream, reading pauses.
 UPGRADE_BUFFER = 64 * 1024
 
@@ -107,6 +110,10 @@ class RelayResponse(web.StreamResponse):
 
     async def write_eof(self, data: bytes = b"") -> None:
         return None
+
+
+class _GrantDropped(Exception):
+    """The grant is not in force any more; whether the session is, the control plane knows."""
 
 
 class _ResponseBroken(Exception):
@@ -187,15 +194,22 @@ class Relay:
     async def handle(self, request: web.Request, share_id: str) -> web.StreamResponse:
         """Answer one request on the origin of `share_id`. `request[CLIENT]` is set."""
         start = time.perf_counter()
-        answer = await self._admit(request, share_id)
-        if isinstance(answer, web.StreamResponse):
-            self._count("-", answer.status, None)
-            return answer
-        grant, context = answer
-        response = await self._exchange(request, grant, context)
-        upgraded = response.status == 101
-        self._count(grant.service, response.status, None if upgraded else time.perf_counter() - start)
-        return response
+        for _ in range(MAX_ADMISSIONS):
+            answer = await self._admit(request, share_id)
+            if isinstance(answer, web.StreamResponse):
+                self._count("-", answer.status, None)
+                return answer
+            grant, context = answer
+            try:
+                response = await self._exchange(request, grant, context)
+            except _GrantDropped:
+                continue
+            upgraded = response.status == 101
+            self._count(grant.service, response.status, None if upgraded else time.perf_counter() - start)
+            return response
+        return self._problem(
+            request, 503, f"share {share_id}: revoked again and again", retry_after=RETRY_AFTER
+        )
 
     def _count(self, service: str, status: int, seconds: float | None) -> None:
         self._metrics.requests.labels(service, f"{status // 100}xx", "aiohttp").inc()
@@ -274,6 +288,8 @@ class Relay:
                 return self._pages.error(403, request=request, message=str(exc))
             except PluginFailed as exc:
                 return self._pages.error(503, request=request, error_id=exc.error_id)
+            if not self._grants.is_live(grant):
+                raise _GrantDropped
             if edits is not None:
                 removed = {name.lower().encode("latin-1") for name in edits.remove}
                 source = [(k, v) for k, v in source if k.lower() not in removed]
