@@ -110,6 +110,21 @@ async def test_other_versions_of_http_are_not_spoken(stack: Stack) -> None:
     assert answer.split(b" ", 2)[1] == b"505"
 
 
+async def test_nobody_is_told_what_this_runs_on(stack: Stack) -> None:
+    for host in (f"localhost:{stack.port}", stack.host, "stranger.example"):
+        async with stack.session.get(stack.url("/api/v1/nothing"), headers={"Host": host}) as answer:
+            assert answer.headers["Server"] == "Guestpass"
+
+
+async def test_a_reload_says_what_it_did_not_take(stack: Stack, caplog: pytest.LogCaptureFixture) -> None:
+    file = stack.edge.config.file
+    file.write_text('[edge]\nowner = "Somebody else"\n[[filter]]\nuse = "./x.py:X"\n')
+    stack.edge.reload()
+    said = next(r.getMessage() for r in caplog.records if "a restart is needed" in r.getMessage())
+    assert "edge.owner" in said
+    assert said.endswith(", filter")
+
+
 async def test_a_reload_of_a_certificate_that_does_not_fit_changes_nothing(
     stack: Stack, tmp_path: Path
 ) -> None:

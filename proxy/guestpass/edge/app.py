@@ -259,11 +259,12 @@ class Edge:
                 load_certificate(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), fresh, fresh.edge.tls)
                 load_certificate(self._tls, fresh, fresh.edge.tls)
                 self._certificate_hash = own_certificate_hash(fresh.resolve(fresh.edge.tls.cert))
-            elsewhere = sorted(
-                name
-                for name in type(fresh.edge).model_fields
-                if getattr(fresh.edge, name) != getattr(self.config.edge, name)
-            )
+            elsewhere = [
+                f"{prefix}{name}"
+                for prefix, new, old in (("edge.", fresh.edge, self.config.edge), ("", fresh, self.config))
+                for name in sorted(type(new).model_fields)
+                if name not in ("edge", "file", "tls") and getattr(new, name) != getattr(old, name)
+            ]
             if elsewhere:
                 log.warning("reload: a restart is needed for changes of: %s", ", ".join(elsewhere))
             log.info("reloaded %s", self.config.file)
@@ -344,6 +345,7 @@ class Edge:
             lingering_time=LINGER,
             shutdown_timeout=1.0,
         )
+        app.on_response_prepare.append(_without_versions)
         await runner.setup()
         self._cleanups.append(runner.cleanup)
         server = runner.server
@@ -455,6 +457,11 @@ class Edge:
         return web.json_response(
             {"status": "not ready" if faults else "ready", "faults": faults}, status=503 if faults else 200
         )
+
+
+async def _without_versions(request: web.Request, response: web.StreamResponse) -> None:
+    """Otherwise aiohttp says which Python and which aiohttp this is."""
+    response.headers["Server"] = "Guestpass"
 
 
 class _ServerLog(logging.LoggerAdapter[logging.Logger]):
