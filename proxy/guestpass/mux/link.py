@@ -142,6 +142,8 @@ class Link(asyncio.BufferedProtocol):
         self.ready = False
         self.since = time.time()
         self.end: End | None = None
+        self.goaway: ErrorCode | None = None
+        """Code of the other end's GOAWAY."""
         self.closed: asyncio.Future[None] = self._loop.create_future()
         """Done when the connection is gone."""
         self.bytes_received = 0
@@ -171,6 +173,11 @@ class Link(asyncio.BufferedProtocol):
     def draining(self) -> bool:
         """Opens no more streams."""
         return self.end is not None or self.session.draining
+
+    @property
+    def usable(self) -> bool:
+        """Let in, and alive as far as anybody knows."""
+        return self.ready and self.end is None
 
     @property
     def remote(self) -> str:
@@ -246,7 +253,8 @@ class Link(asyncio.BufferedProtocol):
         if replies and self._transport is not None:
             self._transport.write(replies)
         if self._websocket.close_code is not None:
-            self._end(End(ErrorCode.NO_ERROR, "the other end closed the tunnel", by_peer=True))
+            code = self.goaway if self.goaway is not None else ErrorCode.NO_ERROR
+            self._end(End(code, "the other end closed the tunnel", by_peer=True))
 
     # ── out ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -415,6 +423,10 @@ class Link(asyncio.BufferedProtocol):
 
     def goaway_received(self, last_stream: int, code: int) -> None:
         """The session opens no more streams by itself; the other end closes when it is done."""
+        try:
+            self.goaway = ErrorCode(code)
+        except ValueError:  # SPEC.md, chapter 11
+            self.goaway = ErrorCode.INTERNAL_ERROR
 
     def pong_received(self, rtt: float) -> None:
         """The session keeps the round-trip time."""
@@ -579,6 +591,8 @@ class GatewayLink(Link):
         """The edge asked to be left: bring up another tunnel first."""
         self.edges: tuple[str, ...] = ()
         """Other edges that this one named."""
+        self.spread = 0.0
+        """Seconds over which the edge wants its gateways' next connections to be spread."""
 
     def _who(self) -> str:
         return f"edge {self._host}"
@@ -656,24 +670,25 @@ class GatewayLink(Link):
         self._end(End(ErrorCode(code), reason), close_code)
 
     def goaway_received(self, last_stream: int, code: int) -> None:
-        with contextlib.suppress(ValueError):
-            self.goaway = ErrorCode(code)
+        super().goaway_received(last_stream, code)
         self.replace = True
         self._owner.link_info(self, {"drain": True})
-
-    goaway: ErrorCode | None = None
-    """Code of the edge's GOAWAY."""
 
     def _informed(self, fields: Mapping[str, Any]) -> None:
         drain = fields.get("drain", False)
         edges = fields.get("edges", [])
+        spread = fields.get("spread", 0)
         if (
             not isinstance(drain, bool)
+            or isinstance(spread, bool)
+            or not isinstance(spread, int | float)
+            or not 0 <= spread < float("inf")
             or not isinstance(edges, list)
             or not all(isinstance(edge, str) for edge in edges)
         ):
             raise HandshakeError(ErrorCode.PROTOCOL_ERROR, "INFO is malformed")
         self.edges = tuple(edges)
+        self.spread = float(spread)
         self.replace = self.replace or drain
         self._owner.link_info(self, fields)
 
