@@ -15,7 +15,7 @@ SOURCES := $(shell find proxy _speedups plugins -type f ! -name '*.so' ! -name '
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-apps check format screenshots bench build clean
+.PHONY: help demo test test-apps check format screenshots bench fuzz-asan build clean
 
 help:
 	@echo "make demo         share the bundled sample dashboard and print the link"
@@ -24,6 +24,7 @@ help:
 	@echo "make check        formatting, lint, types, docs, duplicates, import directions"
 	@echo "make format       format the sources"
 	@echo "make bench        benchmarks of the tunnel's core"
+	@echo "make fuzz-asan    fuzz the tunnel's compiled core under AddressSanitizer (60 s; FUZZ_SECONDS=3600 for long)"
 	@echo "make screenshots  renew the pictures in docs/screenshots (needs chromium)"
 	@echo "make build        sdist and wheel in dist/"
 
@@ -73,6 +74,12 @@ format: $(VENV)/extra-check
 
 bench: $(VENV)/extra-test
 	$(BIN)/python benchmarks/bench_session.py
+
+# Builds into build/asan with gcc and libasan (Debian: gcc); findings are left in build/asan/findings.
+FUZZ_SECONDS ?= 60
+fuzz-asan: $(VENV)/extra-test
+	$(PIP) install 'Cython>=3.1' 'setuptools>=77'
+	$(BIN)/python tests/fuzz/asan.py frames session websocket -- -m fuzz.tunnel --seconds $(FUZZ_SECONDS)
 
 build: $(VENV)/extra-dev
 	$(BIN)/python -m build
