@@ -27,7 +27,7 @@ SANITIZE = ["-fsanitize=address", "-fsanitize-address-use-after-scope", "-fno-om
 COMPILE = ["-O1", "-g", "-fno-strict-aliasing", "-fsanitize-coverage=trace-pc", *SANITIZE]
 
 OPTIONS = {
-    "detect_leaks": "0",  # the interpreter keeps what it allocates at its start; see `leaks` in engine.py
+    "detect_leaks": "0",  # the interpreter keeps what it allocates at its start; engine.py counts
     "detect_stack_use_after_return": "1",
     "allocator_may_return_null": "1",
     "quarantine_size_mb": "32",
