@@ -87,7 +87,8 @@ class Coverage:
         self.new = library.coverage_new
         self.edges = library.coverage_edges
         self.forget = library.coverage_forget
-        self._allocated = library.__sanitizer_get_current_allocated_bytes
+        # By getattr: the compiler would mangle the name.
+        self._allocated = getattr(library, "__sanitizer_get_current_allocated_bytes")
         self._allocated.restype = ctypes.c_size_t
 
     def allocated(self) -> int:
