@@ -137,6 +137,7 @@ cdef class Stream:
     cdef uint64_t consumed_
     cdef uint64_t window_
     cdef uint64_t promised          # `window_` until FIN, then what is unconsumed; 0 after a reset
+    cdef uint64_t credit_due        # `consumed_` at which CREDIT is due; 0 when no more will be given
     cdef uint64_t epoch_offset
     cdef double epoch_started
 
@@ -167,6 +168,8 @@ cdef class Stream:
     cdef void _pop(self) noexcept
     cdef void _drop_output(self) noexcept
     cdef bint _sendable(self) noexcept
+    cdef int _hand_on(self, const unsigned char *data, Py_ssize_t size, bint fin) except -1
+    cdef int _consumed(self, uint64_t size) except -1
     cdef void _shrink_promise(self, uint64_t size) noexcept
     cdef int _accept_send(self) except -1
 
@@ -282,8 +285,9 @@ cdef class Session:
     cdef int _parse(self, const unsigned char *data, Py_ssize_t size) except -1
     cdef Py_ssize_t _collect(self, const unsigned char *data, Py_ssize_t size) except -1
     cdef inline int _check(self, const unsigned char *header) except -1
-    cdef int _frame_other(self, const unsigned char *frame) except -1
-    cdef inline int _frame(self, const unsigned char *frame) except -1
+    cdef int _frame(self, const unsigned char *frame) except -1
+    cdef inline int _body(self, PyObject *which, bint fin, const unsigned char *data,
+                          Py_ssize_t size) except -1
     cdef int _frame_data(self, uint32_t number, uint8_t flags, const unsigned char *data,
                          Py_ssize_t size) except -1
     cdef int _frame_open(self, uint32_t number, uint8_t flags, const unsigned char *data,
@@ -304,7 +308,9 @@ cdef class Session:
     cdef inline int _account(self, Stream stream, Py_ssize_t size, bint fin) except -1
     cdef int _not_live(self, uint32_t number, uint8_t kind) except -1
     cdef int _glitch(self) except -1
-    cdef inline Stream _lookup(self, uint32_t number)
+    cdef inline PyObject *_live(self, uint32_t number) noexcept
+    cdef PyObject *_probe(self, uint32_t number) noexcept
+    cdef Stream _lookup(self, uint32_t number)
     cdef int _start(self, Stream stream, uint32_t number, bint interactive) except -1
     cdef int _unlink(self, Stream stream) except -1
     cdef int _finish(self, Stream stream) except -1
