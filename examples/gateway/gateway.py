@@ -36,9 +36,7 @@ class Tunnel:
 
     async def run(self):
         self.carrier = await websocket.connect(self.options.edge, wire.PATH, wire.SUBPROTOCOL, self.options.ca)
-        self.carrier.write(wire.document(wire.HELLO, {
-            "version": 1, "role": "gateway", "software": "gateway.py", "epoch": EPOCH, "floor": WINDOW,
-            "max_streams": MAX_STREAMS, "nonce": wire.base64url(self.nonce)}))
+        self.carrier.write(wire.document(wire.HELLO, wire.hello("gateway", self.nonce, EPOCH, WINDOW, MAX_STREAMS)))
         alive = asyncio.create_task(wire.stay_alive(self.carrier))
         try:
             while True:

@@ -45,6 +45,8 @@ class Carrier:
         self.heard = asyncio.get_running_loop().time()
         """When the last bytes came, by the loop's clock."""
         self.close_code: int | None = None
+        self.reason = "the peer hung up"
+        """Why `read` has come to an end."""
 
     @property
     def certificate(self) -> bytes:
@@ -53,8 +55,11 @@ class Carrier:
         return tls.getpeercert(True) or b"" if tls is not None else b""
 
     async def read(self, size: int) -> bytes:
-        """Exactly so many bytes. ConnectionError, IncompleteReadError at the end."""
-        return await self._bytes.readexactly(size)
+        """Exactly so many bytes. ConnectionError at the end."""
+        try:
+            return await self._bytes.readexactly(size)
+        except EOFError:
+            raise ConnectionError(self.reason) from None
 
     def write(self, data: bytes) -> None:
         """One binary message; `drain` waits until the transport has room."""
@@ -76,8 +81,12 @@ class Carrier:
     def abort(self, reason: str) -> None:
         """What waits in `read` gets ConnectionError(reason)."""
         self._task.cancel()
-        self._bytes.set_exception(ConnectionError(reason))
+        self._end(reason)
         self._writer.close()
+
+    def _end(self, reason: str) -> None:
+        self.reason = reason
+        self._bytes.feed_eof()  # what has come before is still to be read
 
     def frame(self, first: int, payload: bytes) -> bytes:
         size, mask = len(payload), 0x80 if self._client else 0
@@ -111,8 +120,10 @@ class Carrier:
                     self._writer.write(self.frame(0x80 | PONG, payload))
                 elif opcode != PONG:
                     self._bytes.feed_data(payload)
-        except (ConnectionError, ssl.SSLError, EOFError) as exc:
-            self._bytes.set_exception(exc if isinstance(exc, ConnectionError) else ConnectionError(str(exc)))
+        except EOFError:
+            self._end("the peer hung up")
+        except OSError as exc:
+            self._end(str(exc))
 
 
 def masked(payload: bytes, key: bytes) -> bytes:

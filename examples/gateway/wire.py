@@ -142,6 +142,11 @@ def certificate_hash(der: bytes) -> bytes:
     return hashlib.new(name, der).digest() if der else b""
 
 
+def hello(role: str, nonce: bytes, epoch: str, floor: int, max_streams: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {"version": 1, "role": role, "software": "examples", "epoch": epoch}
+    return {**fields, "nonce": base64url(nonce), "floor": floor, "max_streams": max_streams}
+
+
 def proof(
     key: Any, hello: dict[str, Any], nonce: bytes, site: str, name: str, epoch: str, der: bytes
 ) -> dict[str, Any]:
