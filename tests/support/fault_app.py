@@ -66,7 +66,7 @@ async def answer(
         await asyncio.sleep(float(path[1]))
         writer.write(head("200 OK", len(PAGE)) + PAGE)
     elif what in ("bytes", "forever"):
-        left = int(path[1]) if what == "bytes" else 1 << 60
+        left = int(path[1]) if what == "bytes" else 1 << 40
         writer.write(head("200 OK", left))
         while left:
             writer.write(BLOCK[:left])

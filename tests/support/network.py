@@ -29,15 +29,18 @@ FILTER = """
 table inet fault
 delete table inet fault
 table inet fault {{
-    chain leaving {{ type filter hook output priority 0; {leaving} }}
-    chain arriving {{ type filter hook input priority 0; {arriving} }}
+    chain leaving {{ type filter hook output priority 0; {leaving}; }}
+    chain arriving {{ type filter hook input priority 0; {arriving}; }}
 }}
 """
 
 
+TBF = ("burst", "32kb", "latency", "50ms", "rate")
+
+
 def run(*command: str, stdin: str | None = None) -> str:
     done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=20, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.strip()}"
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.strip().partition(chr(10))[0]}"
     return done.stdout
 
 
@@ -51,8 +54,8 @@ def why_not() -> str:
         return "it needs root"
     try:
         with Network() as network:
-            network.block()
-            network.open()
+            run("ip", "netns", "exec", network.gateway, "nft", "add", "table", "inet", "fault")
+            run("tc", "-n", network.edge, "qdisc", "replace", "dev", "lo", "root", "tbf", *TBF, "1mbit")
     except AssertionError as exc:
         return str(exc)
     return ""
@@ -130,7 +133,8 @@ class Network:
     def cut(self) -> None:
         """Nothing gets through, connections are reset: what a router does that has lost its line."""
         self.filter(
-            leaving="meta l4proto tcp reject with tcp reset", arriving="meta l4proto tcp reject with tcp reset"
+            leaving="tcp flags & rst != rst reject with tcp reset",
+            arriving="tcp flags & rst != rst reject with tcp reset",
         )
 
     def open(self) -> None:
@@ -145,7 +149,7 @@ class Network:
         for name, device in zip((self.edge, self.gateway), self._cable, strict=True):
             run(
                 *("tc", "-n", name, "qdisc", "replace", "dev", device, "root", "tbf"),
-                *("rate", f"{megabits}mbit", "burst", "32kb", "latency", "50ms"),
+                *(*TBF, f"{megabits}mbit"),
             )
 
 

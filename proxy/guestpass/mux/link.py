@@ -29,16 +29,20 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import orjson
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from guestpass.loop import abort_now
 from guestpass.mux import handshake
 from guestpass.mux.handshake import HandshakeError, Hello, Proof, UpgradeRefused, Verdict
 from guestpass.mux.stream import StreamReset, TunnelStream
 from guestpass_speedups.session import Budget, ErrorCode, Session, Stream, TunnelError
 from guestpass_speedups.websocket import GOING_AWAY, NORMAL, WebSocket, WebSocketError
+
+if TYPE_CHECKING:
+    from guestpass_speedups.session import SessionHandler
 
 log = logging.getLogger("guestpass.tunnel")
 
@@ -68,6 +72,10 @@ TCP_USER_TIMEOUT_MS = 10_000
 
 # After the close frame, what is queued has so long to leave.
 CLOSE_TIMEOUT = 5.0
+
+# The same when the other end has fallen silent. Then a reset cuts the connection: if it is deaf in one direction only, a
+# GOAWAY may be stuck behind segments whose acknowledgements are lost, and a reset is not.
+SILENT_CLOSE_TIMEOUT = 0.25
 
 # Drain: how often the number of live streams is looked at.
 DRAIN_POLL = 0.05
@@ -162,6 +170,9 @@ class Link(asyncio.BufferedProtocol):
         self._progress = 0
         self._progress_at = 0.0
 
+    def _new_session(self, handler: SessionHandler, budget: Budget, **limits: Any) -> Session:
+        return Session(self._edge, handler, budget, **limits)
+
     # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
@@ -192,8 +203,9 @@ class Link(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         now = time.monotonic()
-        limits = {"max_streams": self._hello.max_streams, "floor": self._hello.floor}
-        self.session = Session(self._edge, self, self._budget, now=now, **limits)
+        self.session = self._new_session(
+            self, self._budget, now=now, max_streams=self._hello.max_streams, floor=self._hello.floor
+        )
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH, low=WRITE_LOW)
         _tune(self._transport)
@@ -348,7 +360,10 @@ class Link(asyncio.BufferedProtocol):
         self._note_end(end)
         if transport is not None:
             transport.close()
-            self._deadline = self._loop.call_later(CLOSE_TIMEOUT, transport.abort)
+            if end.code is ErrorCode.TIMEOUT and not end.by_peer:
+                self._deadline = self._loop.call_later(SILENT_CLOSE_TIMEOUT, abort_now, transport)
+            else:
+                self._deadline = self._loop.call_later(CLOSE_TIMEOUT, transport.abort)
 
     def _note_end(self, end: End) -> None:
         self.end = end
