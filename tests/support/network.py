@@ -102,12 +102,16 @@ class Network:
         """`command` for the gateway's side."""
         return ["ip", "netns", "exec", self.gateway, *command]
 
+    def at_edge(self, command: Sequence[str | Path]) -> list[str | Path]:
+        """`command` for the edge's side."""
+        return ["ip", "netns", "exec", self.edge, *command]
+
     @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """The calling thread, what it starts, and the sockets that it makes, are on the edge's side."""
+    def entered(self, *, gateway: bool = False) -> Iterator[None]:
+        """The calling thread, what it starts, and the sockets that it makes, are on the edge's (the gateway's) side."""
         own = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         try:
-            _enter(f"/run/netns/{self.edge}")
+            _enter(f"/run/netns/{self.gateway if gateway else self.edge}")
             try:
                 yield
             finally:
