@@ -60,7 +60,9 @@ def _unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None
     if context.get("message") == "SSL handshake failed":
         log.debug("a TLS handshake failed: %r", exc)
         return
-    if isinstance(exc, type):  # aiofastnet passes a class where there is no instance; logging cannot format one
+    if isinstance(
+        exc, type
+    ):  # aiofastnet passes a class where there is no instance; logging cannot format one
         context = {**context, "exception": exc()}
     loop.default_exception_handler(context)
 

@@ -111,7 +111,15 @@ class Crowd:
 
     async def start_edge(self) -> None:
         self._logs += 1
-        command: list[str | Path] = [sys.executable, "-m", "guestpass", "edge", "--config", self._config, "--json"]
+        command: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "guestpass",
+            "edge",
+            "--config",
+            self._config,
+            "--json",
+        ]
         if self.network is not None:
             command = self.network.at_edge(command)
         self.edge = Program(command, log=self.folder / f"edge-{self._logs}.log")
@@ -132,4 +140,5 @@ class Crowd:
     async def close(self) -> None:
         await asyncio.gather(*(dialer.keeper.stop(0) for dialer in self.dialers))
         if hasattr(self, "edge"):
+            self.edge.process.kill()  # nobody is left who would need a drain
             self.edge.stop()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from faults.table import LONG, percentile, row
+from faults.table import LONG, long_only, percentile, row
 from faults.world import Answer, Load, World, until
 from support.network import Network
 
@@ -46,9 +46,7 @@ async def world(network: Network, tmp_path: Path) -> AsyncIterator[World]:
             yield made
 
 
-async def cut(
-    world: World, begin: Callable[[], None], end: Callable[[], None], *, seconds: float = 0
-) -> Cut:
+async def cut(world: World, begin: Callable[[], None], end: Callable[[], None], *, seconds: float = 0) -> Cut:
     """Break the cable under load, for `seconds` or until the edge has noticed, and repair it."""
     mine = await world.visitors_of("gw-1")
     assert mine
@@ -122,11 +120,13 @@ async def _read_to_the_end(content: object) -> float:
     return time.monotonic()
 
 
+@long_only
 async def test_link_down_and_up(world: World, network: Network) -> None:
     found = await cut(world, lambda: network.link(up=False), lambda: network.link(up=True))
     report("link down and up", "the cable of gw-1 pulled until the edge has noticed, under load", found)
 
 
+@long_only
 @pytest.mark.parametrize("way", ["to the edge", "to the gateway"])
 async def test_one_way_loss(world: World, network: Network, way: str) -> None:
     """One end still hears the other one."""
@@ -138,12 +138,14 @@ async def test_one_way_loss(world: World, network: Network, way: str) -> None:
     report("one-way loss", f"packets {way} dropped (nft) until the edge has noticed, under load", found)
 
 
+@long_only
 async def test_connections_reset(world: World, network: Network) -> None:
     """A router that answers with resets: noticed at once."""
     found = await cut(world, network.cut, network.open, seconds=3)
     report("connections reset", "every packet of gw-1 answered by a reset for 3 s, under load", found)
 
 
+@long_only
 async def test_short_loss_is_ridden_out(world: World, network: Network) -> None:
     """A second without a packet: requests wait, none is lost, the tunnels stay."""
     mine = await world.visitors_of("gw-1")

@@ -298,7 +298,8 @@ async def prepare(
     await edge.start()
     try:
         rows = [
-            Gateway(SITE, name, key.public_key().public_bytes_raw(), time.time()) for name, key in keys.items()
+            Gateway(SITE, name, key.public_key().public_bytes_raw(), time.time())
+            for name, key in keys.items()
         ]
 
         def enrol(db: Any) -> None:
@@ -370,3 +371,8 @@ class Load:
 
     def since(self, moment: float) -> list[Answer]:
         return [answer for answer in self.answers if answer.began >= moment]
+
+    async def served(self, moment: float) -> float:
+        """Waits for a good answer to a request of after `moment`; the seconds from there to its end."""
+        await until(lambda: any(answer.ok for answer in self.since(moment)), "service again")
+        return min(answer.began + answer.took for answer in self.since(moment) if answer.ok) - moment

@@ -81,7 +81,20 @@ class Network:
         for name in (self.edge, self.gateway):
             run("ip", "netns", "add", name)
             run("ip", "-n", name, "link", "set", "lo", "up")
-        run("ip", "link", "add", here, "netns", self.edge, "type", "veth", "peer", there, "netns", self.gateway)
+        run(
+            "ip",
+            "link",
+            "add",
+            here,
+            "netns",
+            self.edge,
+            "type",
+            "veth",
+            "peer",
+            there,
+            "netns",
+            self.gateway,
+        )
         for name, device, address in (
             (self.edge, here, EDGE_ADDRESS),
             (self.gateway, there, GATEWAY_ADDRESS),

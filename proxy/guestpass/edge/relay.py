@@ -373,7 +373,11 @@ class Relay:
                 return await _serve_upgraded(request, stream, head)
             complete = pump is None or pump.done()
             return await self._respond(
-                request, stream, head, fin=fin, keep_alive=request.keep_alive and complete and not self.leaving
+                request,
+                stream,
+                head,
+                fin=fin,
+                keep_alive=request.keep_alive and complete and not self.leaving,
             )
         except h.BadResponse as exc:
             stream.reset(ErrorCode.PROTOCOL_ERROR)

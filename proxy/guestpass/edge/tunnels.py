@@ -42,10 +42,12 @@ RETRY_AFTER = 1
 
 # When an edge goes away, all of its gateways want to come back in the same moment. Those of a large edge are told over
 # how many seconds to spread: at this many tunnels a second they are through without a queue, and none waits longer than
-# SPREAD_MOST. Below SPREAD_LEAST (60 tunnels) nothing is said and all come back at once.
-SPREAD_RATE = 60
+# SPREAD_MOST. Below SPREAD_LEAST (50 tunnels) nothing is said and all come back at once. They are told anew when the
+# number has changed by a quarter.
+SPREAD_RATE = 50
 SPREAD_LEAST = 1.0
 SPREAD_MOST = 20.0
+SPREAD_CHANGE = 1.25
 
 # How often "last seen" of a connected gateway is written down, seconds.
 TOUCH_INTERVAL = 60.0
@@ -93,9 +95,7 @@ class _Registered:
         """Links that take new streams, best first."""
         links = [link for link in self.links if not link.draining]
         if len(links) > 1:
-            links.sort(
-                key=lambda link: (link.asked_to_leave, link.session.retiring, link.session.streams)
-            )
+            links.sort(key=lambda link: (link.asked_to_leave, link.session.retiring, link.session.streams))
         return links
 
 
@@ -248,11 +248,12 @@ class Tunnels:
                 self._touch_timer = asyncio.get_running_loop().call_later(TOUCH_INTERVAL, self._touch_all)
 
     def _say_spread(self, link: EdgeLink) -> None:
-        """Tell a new tunnel, and every one of them whenever their number has doubled or halved."""
+        """Tell a new tunnel, and all of them if their number has become another."""
         spread = min(len(self._links) / SPREAD_RATE, SPREAD_MOST)
         if spread < SPREAD_LEAST:
             spread = 0.0
-        if not self._spread / 2 < spread < self._spread * 2 and (spread or self._spread):
+        told = self._spread
+        if spread != told and not told / SPREAD_CHANGE < spread < told * SPREAD_CHANGE:
             self._spread = spread
             for other in self._links:
                 if other.ready and not other.asked_to_leave:

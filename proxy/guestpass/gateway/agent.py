@@ -474,7 +474,9 @@ class _EdgeKeeper:
                 again = before in (EdgeState.LOST, EdgeState.REFUSED)
                 log.info("connected to edge %s%s", self.url, " again" if again else "")
             return
-        if _kind(words) in self._said:  # said since the last tunnel; one of two causes in turn is no news either
+        if (
+            _kind(words) in self._said
+        ):  # said since the last tunnel; one of two causes in turn is no news either
             return
         self._said.add(_kind(words))
         code = problem.error_code if problem is not None else ""

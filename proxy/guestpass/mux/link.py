@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("guestpass.tunnel")
 
 # What one read may bring. All tunnels of a thread share the buffer: it is emptied before the loop's next callback.
-READ_BUFFER = 256 * 1024
+READ_BUFFER = 64 * 1024
 
 # Bytes of frames written per turn of the loop: enough to make system calls cheap, little enough that what becomes
 # urgent meanwhile (a reset, a small response) waits behind no more than a millisecond of 1 Gbit/s.
@@ -73,8 +73,8 @@ TCP_USER_TIMEOUT_MS = 10_000
 # After the close frame, what is queued has so long to leave.
 CLOSE_TIMEOUT = 5.0
 
-# The same when the other end has fallen silent. Then a reset cuts the connection: if it is deaf in one direction only, a
-# GOAWAY may be stuck behind segments whose acknowledgements are lost, and a reset is not.
+# The same when the other end has fallen silent. Then a reset cuts the connection: if it is deaf in one direction only,
+# a GOAWAY may be stuck behind segments whose acknowledgements are lost, and a reset is not.
 SILENT_CLOSE_TIMEOUT = 0.25
 
 # Drain: how often the number of live streams is looked at.
