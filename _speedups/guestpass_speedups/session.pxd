@@ -41,6 +41,9 @@ cdef enum Event:    # the order is the one of EVENTS
     EV_RECV_RESET_ACK
     N_EVENTS
 
+cdef enum:
+    N_RTTS = 8          # half a minute of a busy tunnel
+
 cdef enum Code:     # ErrorCode, as C
     NO_ERROR
     PROTOCOL_ERROR
@@ -231,6 +234,9 @@ cdef class Session:
     cdef uint64_t ping_value
     cdef double ping_at
     cdef double rtt_                    # smoothed; < 0: none yet
+    cdef double rtt_least               # of the last N_RTTS; 0: none yet
+    cdef double rtts[N_RTTS]
+    cdef uint32_t n_rtts
     cdef Queue interactive
     cdef Queue bulk
     cdef Queue control
@@ -250,7 +256,7 @@ cdef class Session:
     cdef uint64_t frames_in[14]
     cdef uint64_t frames_out[14]
     cdef uint64_t bytes_in
-    cdef uint64_t bytes_out
+    cdef readonly uint64_t bytes_out
     cdef uint64_t n_glitches
     cdef uint64_t n_stale
     cdef uint64_t n_crossed
@@ -269,6 +275,11 @@ cdef class Session:
     cdef int receive_raw(self, const unsigned char *data, Py_ssize_t size, double now) except -1
     cdef Py_ssize_t fill_raw(self, unsigned char *out, Py_ssize_t limit, Py_ssize_t space,
                              double now) except -1
+    # As fill_raw, into a buffer that all sessions of the process share: copy `shared()` before any other code
+    # runs, then call `filled`, which makes the callbacks.
+    cdef Py_ssize_t fill_shared(self, Py_ssize_t limit, double now) except -1
+    cdef const unsigned char *shared(self) noexcept
+    cdef int filled(self) except -1
     cdef int open_raw(self, Stream stream, const unsigned char *service, Py_ssize_t service_size,
                       bint interactive, const unsigned char *head, Py_ssize_t head_size, bint fin) except -1
 
@@ -306,6 +317,7 @@ cdef class Session:
     cdef int _body_before_head(self, uint32_t number) except -1
     cdef inline int _move(self, Stream stream, int event) except -1
     cdef inline int _account(self, Stream stream, Py_ssize_t size, bint fin) except -1
+    cdef void _note_rtt(self, double rtt) noexcept
     cdef int _not_live(self, uint32_t number, uint8_t kind) except -1
     cdef int _glitch(self) except -1
     cdef inline PyObject *_live(self, uint32_t number) noexcept

@@ -1,7 +1,7 @@
 """A tunnel over a socket: WebSocket framing outside, `Session` inside, asyncio around.
 
     transport ─▶ get_buffer / buffer_updated ─▶ WebSocket.feed_into ─▶ Session.receive ─▶ TunnelStream
-    transport ◀─ one write per loop turn ◀────── WebSocket.wrap ◀───── Session.fill ◀──── TunnelStream
+    transport ◀─ one write per loop turn ◀─── WebSocket.wrap_output ◀─ Session.fill ◀──── TunnelStream
 
 Rules that everything here follows:
 
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("guestpass.tunnel")
 
 # What one read may bring. All tunnels of a thread share the buffer: it is emptied before the loop's next callback.
+# It stays in the processor's cache: with 256 KiB the kernel's copying takes twice as long.
 READ_BUFFER = 64 * 1024
 
 # Bytes of frames written per turn of the loop: enough to make system calls cheap, little enough that what becomes
@@ -56,6 +57,9 @@ FILL = 128 * 1024
 # Water marks of the transport. uvloop's defaults for TLS let 576 KiB pile up, and urgent frames would stand behind it.
 WRITE_HIGH = 128 * 1024
 WRITE_LOW = 32 * 1024
+
+# Unsent bytes in the kernel's buffer. Its own bound is megabytes, and a small frame would stand behind them.
+NOTSENT_LOWAT = 128 * 1024
 
 # The session looks at its clocks so often.
 TICK = 1.0
@@ -280,17 +284,18 @@ class Link(asyncio.BufferedProtocol):
         transport = self._transport
         if self._paused or transport is None or self.end is not None:
             return
-        frames = self.session.fill(FILL, time.monotonic())
-        if frames:
-            self._write(transport, frames)
-            if self.session.has_output and not self._paused:
-                self.output_ready()
+        if self._write_frames(transport) and self.session.has_output and not self._paused:
+            self.output_ready()
 
-    def _write(self, transport: asyncio.Transport, frames: bytes) -> None:
-        self.bytes_sent += len(frames)
-        message = self._websocket.wrap(frames)
+    def _write_frames(self, transport: asyncio.Transport) -> bool:
+        """Whether there were any."""
+        message = self._websocket.wrap_output(self.session, FILL, time.monotonic())
+        if not message:
+            return False
+        self.bytes_sent = self.session.bytes_out
         self._written += len(message)
         transport.write(message)
+        return True
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -349,9 +354,7 @@ class Link(asyncio.BufferedProtocol):
         if transport is not None and not transport.is_closing():
             if not end.by_peer:
                 self.session.goaway(end.code)
-                frames = self.session.fill(FILL, time.monotonic())
-                if frames:
-                    self._write(transport, frames)
+                self._write_frames(transport)
             if close_code is None:
                 close_code = NORMAL if end.code in (ErrorCode.NO_ERROR, ErrorCode.DRAINING) else GOING_AWAY
             frame = self._websocket.close(close_code)
@@ -739,6 +742,8 @@ def _tune(transport: asyncio.Transport) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TCP_USER_TIMEOUT_MS)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
 
 
 def _services(fields: Mapping[str, Any]) -> dict[str, bool]:
