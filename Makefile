@@ -26,6 +26,7 @@ help:
 	@echo "make faults       what the tunnel survives: kills, black holes, storms, bad input (root, iproute2, nftables)"
 	@echo "make bench        benchmarks of the tunnel's core"
 	@echo "make fuzz-asan    fuzz the tunnel's compiled core under AddressSanitizer (60 s; FUZZ_SECONDS=3600 for long)"
+	@echo "make bench-tunnel the tunnel against hashicorp/yamux and its targets, in a table"
 	@echo "make screenshots  renew the pictures in docs/screenshots (needs chromium)"
 	@echo "make build        sdist and wheel in dist/"
 
@@ -85,6 +86,11 @@ FUZZ_SECONDS ?= 60
 fuzz-asan: $(VENV)/extra-test
 	$(PIP) install 'Cython>=3.1' 'setuptools>=77'
 	$(BIN)/python tests/fuzz/asan.py frames session websocket -- -m fuzz.tunnel --seconds $(FUZZ_SECONDS)
+
+# From Debian, for parts that are skipped by name without it: golang-go and golang-github-hashicorp-yamux-dev, valgrind,
+# openssl, iproute2. The benchmark's own extension is compiled by the Cython of `check`.
+bench-tunnel: $(VENV)/extra-test $(VENV)/extra-check
+	$(BIN)/python benchmarks/tunnel/run.py
 
 build: $(VENV)/extra-dev
 	$(BIN)/python -m build

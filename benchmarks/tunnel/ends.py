@@ -9,7 +9,7 @@ benchmark, in one of two ways:
     "python"    a Python handler for each stream
     "task"      TunnelStream and a task for each stream, which is what code written with asyncio gets
 
-    python ends.py edge FOLDER LANE [--tls]                        {"url": …, "ca": …}
+    python ends.py edge FOLDER LANE [--tls] [--host ADDRESS]       {"url": …, "ca": …}
     python ends.py gateway FOLDER LANE --url URL [--ca FILE]       {"ready": true}
 """
 
@@ -423,7 +423,7 @@ class EdgeWork:
 async def edge(arguments: argparse.Namespace) -> None:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    async with tunnel.edge(arguments.folder, tls=arguments.tls) as made:
+    async with tunnel.edge(arguments.folder, tls=arguments.tls, host=arguments.host) as made:
         made.enrol(Ed25519PrivateKey.from_private_bytes(KEY))
         answer(url=made.url, ca=str(made.ca) if made.ca else None)
         await tunnel.until(
@@ -462,6 +462,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="for certificates; lane.pyx is compiled in its `lane`")
     parser.add_argument("lane", choices=("c", "python", "task"))
     parser.add_argument("--tls", action="store_true")
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--url")
     parser.add_argument("--ca", type=Path)
     arguments = parser.parse_args()
