@@ -226,7 +226,7 @@ def wrk(target: Target, load: Load, seconds: int, check: str | None = None) -> d
     for name, value in target.headers.items():
         command += ["-H", f"{name}: {value}"]
     command.append(f"{target.base}/{load.size}")
-    env = dict(os.environ)
+    env = {**os.environ, "GUESTPASS_PREFIX": target.prefix}
     if check is not None:
         env["GUESTPASS_CHECK"] = check
     if load.tokens is not None:
@@ -267,7 +267,7 @@ def check(target: Target, load: Load) -> int:
 def fetch(target: Target, size: str) -> tuple[bytes, bytes]:
     """One request on a connection of its own: (head, body), read by Content-Length. Raises Wrong."""
     headers = {"Host": f"127.0.0.1:{target.port}", **target.headers}
-    lines = [f"GET /{size} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    lines = [f"GET {target.prefix}/{size} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
     sock = socket.create_connection(("127.0.0.1", target.port), timeout=10)
     if target.tls:
         context = ssl.create_default_context()

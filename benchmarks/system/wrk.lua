@@ -1,6 +1,7 @@
 -- For every run: one JSON line with the totals. With GUESTPASS_CHECK=STATUS:LENGTH, each response is looked at as well;
 -- that costs the client more than the request itself, so it is done in a run of its own before the measured ones.
--- With GUESTPASS_TOKENS=FILE, the requests go round the bearer tokens in it, one a line.
+-- With GUESTPASS_TOKENS=FILE, the requests go round the bearer tokens in it, one a line. GUESTPASS_PREFIX stands before
+-- the path, for a forward proxy.
 
 local threads = {}
 
@@ -12,6 +13,7 @@ local requests, last = nil, 0
 
 function init(args)
   wrong, seen = 0, 0
+  wrk.path = (os.getenv("GUESTPASS_PREFIX") or "") .. wrk.path
   local path = os.getenv("GUESTPASS_TOKENS")
   if path then
     requests = {}
