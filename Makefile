@@ -1,12 +1,18 @@
 # One command for each thing a developer does. Everything is installed into $(VENV); nothing else on the machine changes.
 #   make demo   make test   make test-apps   make check   make bench
 
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := $(shell find proxy _speedups plugins -type f ! -name '*.so' ! -name '*.pyc' ! -name '*.c' ! -path '*.egg-info*') \
 	setup.py pyproject.toml MANIFEST.in README.md LICENSE
+
+# cython-lint calls pycodestyle by name.
+export PATH := $(abspath $(BIN)):$(PATH)
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-apps check format screenshots bench build clean

@@ -23,6 +23,7 @@ setup(
             "wraparound": False,
             "cdivision": True,
             "initializedcheck": False,
+            "auto_pickle": False,  # nothing here can leave its process
         },
     )
 )

@@ -1,4 +1,3 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, auto_pickle=False
 """Sans-I/O session of one tunnel: streams, credit, scheduling. Wire format and rules: guestpass/mux/SPEC.md.
 
 Theory of operation
@@ -129,8 +128,8 @@ cdef enum:
     RETIRE_MARGIN = 4194304
     C_BUDGET = 536870912
 
-# A tunnel is idle after PING_IDLE, dead after DEAD_AFTER without a byte: a request that waits in it is to fail over
-# within 10 s.
+# A tunnel is idle after PING_IDLE, dead after DEAD_AFTER without a byte: a request that waits in it must fail
+# over within 10 s.
 cdef double PING_IDLE = 3.0
 cdef double DEAD_AFTER = 6.0
 # A stream that was silent this long is interactive again (a chart's updates, a chat): no download pauses for

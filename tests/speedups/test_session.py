@@ -9,6 +9,7 @@ import re
 import struct
 import sys
 import weakref
+from random import Random
 from typing import Any
 
 import pytest
@@ -607,7 +608,7 @@ def test_a_handler_failed_that_raises_ends_the_session() -> None:
         raise ZeroDivisionError
 
     owner.accept = raising
-    owner.handler_failed = raising  # type: ignore[method-assign]
+    owner.handler_failed = raising  # type: ignore[method-assign,assignment]
     with pytest.raises(ZeroDivisionError):
         session.receive(open_frame(1), 0.0)
     assert session.failure is not None
@@ -857,6 +858,15 @@ def test_credit_goes_out_for_what_was_consumed() -> None:
     assert [(frame.kind, frame.payload) for frame in fill(session)] == [(CREDIT, u64(FLOOR + FLOOR // 4))]
     stream.consume(16_368 - FLOOR // 4)
     assert not session.has_output
+
+
+def test_credit_that_waits_is_dropped_when_fin_comes() -> None:
+    session, _owner = pair.gateway()
+    session.receive(open_frame(1) + model.frame(DATA, 0, 1, bytes(16_368)), 0.0)
+    assert session.has_output
+    session.receive(model.frame(DATA, FIN, 1), 0.0)
+    assert not session.has_output
+    assert session.fill(1000, 0.0) == b""
 
 
 def test_no_credit_after_fin() -> None:
@@ -1366,6 +1376,30 @@ def test_the_table_of_streams_survives_long_lived_ones() -> None:
         stream.cancelled()
     fill(session)
     assert session.streams == 0
+
+
+def test_streams_are_found_whatever_shares_their_place_in_the_table() -> None:
+    """Few live streams, ids far apart: they collide in the small table; a removal may leave a hole before others."""
+    session, owner = pair.gateway()
+    random = Random(7)
+    live: dict[int, Stream] = {}
+    credit: dict[int, int] = {}
+    for number in range(1, 4000):
+        session.receive(open_frame(number, FIN), 0.0)
+        stream = owner.opened.pop()[0]
+        if number % 64 in (1, 2, 3, 63) and len(live) < 28:
+            live[number], credit[number] = stream, FLOOR
+        else:
+            stream.send_head(OK, fin=True)
+        while len(live) > random.randrange(30):
+            live.pop(random.choice(list(live))).send_head(OK, fin=True)
+        fill(session)
+        assert session.streams == len(live)
+        for other in live:
+            credit[other] += FLOOR
+            session.receive(model.frame(CREDIT, 0, other, u64(credit[other])), 0.0)
+        assert session.stats()["crossed"] == 0
+    assert all(stream.credit == credit[number] for number, stream in live.items())
 
 
 # -- garbage -----------------------------------------------------------------------------------------------------------

@@ -222,6 +222,36 @@ class Tunnel(RuleBasedStateMachine):
         if half is not None:
             half.stream.cancelled()
 
+    # Races that chance alone finds too seldom.
+
+    @rule(number=streams, edge_first=st.booleans(), write=st.booleans())
+    def both_reset(self, number: int, edge_first: bool, write: bool) -> None:
+        """Neither has heard of the other's RESET; `write`: and one of the two was written already."""
+        for at_edge in (edge_first, not edge_first):
+            self.reset(number, at_edge)
+            if write:
+                self.write(edge_first, 65_536)
+
+    @rule(number=streams, at_edge=st.booleans())
+    def reset_while_the_last_fin_is_under_way(self, number: int, at_edge: bool) -> None:
+        first, last = (self.edge, self.gateway) if at_edge else (self.gateway, self.edge)
+        for side in (first, last):
+            half = self._half(number, side.edge)
+            if half is None:
+                return
+            if not half.head_sent:
+                half.stream.send_head(OK)
+                half.head_sent = True
+            if not half.ended:
+                half.stream.send(b"", fin=True)
+                half.ended = True
+            if side is first:
+                self.write(side.edge, 65_536)
+                self._read(last, PIPE * 2)
+        self.write(last.edge, 65_536)
+        self.reset(number, first.edge)
+        self.write(first.edge, 65_536)
+
     # -- what the network does -------------------------------------------------------------------------------------
 
     @rule(at_edge=st.booleans(), limit=st.sampled_from((1, 50, 700, 5000, 65_536)))
