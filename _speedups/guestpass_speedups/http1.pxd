@@ -13,11 +13,12 @@
 #     elif n < 0:   answer error_status(n), error_reason(n), Connection: close; the connection is over
 #     else:         the head is data[0:n]; the body, as head.framing says, begins at data[n]; searched is 0 again
 
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
     MAX_HEAD = 32768            # as frames.pxd: a head of more would not fit the tunnel
     HEAD_RESERVE = 2048         # … of which so much is left for what the edge injects
+    MAX_LINE = 16384            # one line of a visitor's request: MAX_LINE of edge/app.py
     MAX_FIELDS = 128
     MAX_NOMINATED = 128         # elements of all Connection fields: more cannot name anything
     MAX_CHUNK_DIGITS = 15       # 2^60 - 1 bytes; a 16th digit could overflow somebody's signed 64 bits
@@ -28,7 +29,7 @@ cdef enum:
     NO_FIELD = 255              # in `first`: there is no such field
 
 # Names that mean something to the edge or the gateway. Any other name is F_OTHER.
-cdef enum FieldId:
+cdef enum:      # FieldId
     F_OTHER
     F_HOST
     F_CONNECTION
@@ -76,7 +77,7 @@ cdef enum FieldId:
     F_CLEAR_SITE_DATA
     N_FIELD_IDS
 
-cdef enum MethodId:     # CONNECT and TRACE are refused, what llhttp does not know is 501
+cdef enum:      # MethodId: CONNECT and TRACE are refused, what llhttp does not know is 501
     M_GET
     M_HEAD
     M_POST
@@ -86,26 +87,26 @@ cdef enum MethodId:     # CONNECT and TRACE are refused, what llhttp does not kn
     M_PATCH
     M_OTHER
 
-cdef enum Framing:
+cdef enum:      # Framing
     BODY_NONE
     BODY_LENGTH             # content_length bytes, at least 1
     BODY_CHUNKED
     BODY_UNTIL_CLOSE        # responses only
 
-cdef enum UpgradeTo:
+cdef enum:      # UpgradeTo
     UPGRADE_NONE
     UPGRADE_WEBSOCKET       # a GET of HTTP/1.1 without a body, `Upgrade: websocket` and Connection names it
     UPGRADE_OTHER           # some other protocol: RFC 9110, 7.8 lets us ignore it, and we do
 
 # Why a field does not pass on, and what the scanner saw of its line.
-cdef enum FieldFlag:
+cdef enum:      # FieldFlag
     HOP_BY_HOP = 1          # by name, as HOP_BY_HOP of edge/headers.py
     NOMINATED = 2           # Connection names it
     RESERVED = 4            # request: only the edge may say it; response: X-Guestpass-*. Folded names
     DROPPED = 8             # response: DROPPED_FROM_RESPONSES of edge/headers.py
     PLAIN = 16              # the line is exactly `name: value\r\n`, so it can be copied as it is
 
-cdef enum ScanOption:
+cdef enum:      # ScanOption
     FROM_EDGE = 1           # request at the gateway: the reserve was used already, Transfer-Encoding is refused
     TO_HEAD = 2             # response: the request was HEAD
     FROM_GATEWAY = 4        # response at the edge: HTTP/1.1 only, Transfer-Encoding is refused
@@ -123,7 +124,7 @@ cdef struct Field:
 cdef struct Fields:
     uint64_t present        # bit per FieldId
     uint64_t repeated       # … that came more than once
-    uint32_t bytes          # len(name) + len(value) + 4 of all
+    uint32_t total          # len(name) + len(value) + 4 of all
     uint32_t count
     uint8_t[N_FIELD_IDS] first      # index of the first field of an id, or NO_FIELD
     Field[MAX_FIELDS] field
@@ -153,10 +154,24 @@ cdef struct ResponseHead:
     uint64_t content_length
     Fields fields
 
+
+cdef inline bint has(const Fields *fields, int number) noexcept nogil:
+    return fields.present >> number & 1
+
+
+cdef inline bint is_repeated(const Fields *fields, int number) noexcept nogil:
+    return fields.repeated >> number & 1
+
+
+cdef inline Span value_of(const Fields *fields, int number) noexcept nogil:
+    """Of the first field of a FieldId that is there."""
+    return fields.field[fields.first[number]].value
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Scanning. > 0: complete, so many bytes; 0: more is needed; < 0: an Error.
 
-cdef enum Error:
+cdef enum:      # Error
     E_REQUEST_LINE = -1
     E_METHOD_REFUSED = -2       # CONNECT, TRACE
     E_METHOD_UNKNOWN = -3
@@ -180,7 +195,8 @@ cdef enum Error:
     E_CHUNK_EXTENSION = -21
     E_CHUNK_END = -22
     E_TRAILER = -23
-    N_ERRORS = 24
+    E_TARGET_TOO_LONG = -24
+    N_ERRORS = 25
 
 # `searched` belongs to the connection: 0 when a head begins, and again when this has returned other than 0.
 cdef int scan_request(
@@ -196,7 +212,7 @@ cdef const char *error_reason(int error) noexcept nogil     # one English clause
 # ------------------------------------------------------------------------------------------------------------
 # Chunked bodies. Zero a Chunked (memset) when a body begins; 56 bytes.
 
-cdef enum ChunkEvent:
+cdef enum:      # ChunkEvent
     CHUNK_MORE          # everything is used up, the body goes on
     CHUNK_DATA          # `piece` is body
     CHUNK_TRAILER       # `piece` is a part of the trailer section as it came (checked; lines end in CRLF, the last
