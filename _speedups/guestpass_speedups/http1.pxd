@@ -95,7 +95,7 @@ cdef enum:      # Framing
 
 cdef enum:      # UpgradeTo
     UPGRADE_NONE
-    UPGRADE_WEBSOCKET       # a GET of HTTP/1.1 without a body, `Upgrade: websocket` and Connection names it
+    UPGRADE_WEBSOCKET       # `Upgrade: websocket` and Connection names it; in a GET of HTTP/1.1 without a body
     UPGRADE_OTHER           # some other protocol: RFC 9110, 7.8 lets us ignore it, and we do
 
 # Why a field does not pass on, and what the scanner saw of its line.
@@ -149,6 +149,7 @@ cdef struct ResponseHead:
     Span reason
     uint8_t minor
     uint8_t framing
+    uint8_t upgrade         # of a 101: what it changes to
     bint keep_alive         # False with BODY_UNTIL_CLOSE
     bint has_length         # Content-Length was there, as also an answer to HEAD or a 304 has it
     uint64_t content_length
@@ -210,7 +211,7 @@ cdef int error_status(int error) noexcept nogil             # what to tell a vis
 cdef const char *error_reason(int error) noexcept nogil     # one English clause, NUL-terminated
 
 # ------------------------------------------------------------------------------------------------------------
-# Chunked bodies. Zero a Chunked (memset) when a body begins; 56 bytes.
+# Chunked bodies. Zero a Chunked (memset) when a body begins, then set `response` if it is one's; 56 bytes.
 
 cdef enum:      # ChunkEvent
     CHUNK_MORE          # everything is used up, the body goes on
@@ -226,6 +227,7 @@ cdef struct Chunked:
     uint8_t state
     uint8_t digits
     uint8_t fields
+    uint8_t response        # an ETag and the like are taken as trailers
     uint8_t name_size
     uint8_t[32] name        # of the trailer field that is being read, lower case
 

@@ -38,6 +38,7 @@ class Response:
     framing: Literal["none", "length", "chunked", "close"]
     content_length: int | None
     keep_alive: bool
+    upgrade: Literal["websocket", "other"] | None
 
 # The head at the start of `data`; None when it is not complete. These raise BadHttp.
 def parse_request(data: bytes, from_edge: bool = ...) -> Request | None: ...
@@ -59,5 +60,5 @@ class ChunkedDecoder:
 
     trailers: bytes  # as they came, with the empty line
     ended: bool
-    def __init__(self) -> None: ...
+    def __init__(self, response: bool = ...) -> None: ...
     def feed(self, data: bytes) -> tuple[bytes, int]: ...  # (body, how much of `data` was its). Raises BadHttp

@@ -177,7 +177,7 @@ _ERRORS = (
     (E_EXPECT_UNKNOWN, 417, b"the expectation is unknown"),
     (E_REPEATED, 400, b"a header field that may come only once is repeated"),
     (E_CONNECTION, 400, b"Connection is malformed, or names what belongs to the whole way"),
-    (E_UPGRADE, 400, b"an upgrade to WebSocket is a GET of HTTP/1.1 without a body"),
+    (E_UPGRADE, 400, b"an upgrade that cannot be one: not a GET of HTTP/1.1 without a body, or a 101 without Upgrade"),
     (E_OLD_WEBSOCKET, 400, b"this draft of WebSocket is not supported"),
     (E_STATUS_LINE, 502, b"the status line is malformed"),
     (E_BODILESS, 502, b"a response without a body announces one"),
@@ -348,7 +348,7 @@ cdef inline bint next_part(
         rest[0] = q + 1
     while p < q and is_blank(p[0]):
         p += 1
-    while q > p and is_blank(q[-1]):
+    while q > p and is_blank((q - 1)[0]):
         q -= 1
     start[0] = p
     end[0] = q
@@ -490,7 +490,7 @@ cdef int scan_fields(
         if p - start > longest:
             return E_TOO_LARGE
         stop = p
-        while stop > value and is_blank(stop[-1]):
+        while stop > value and is_blank((stop - 1)[0]):
             stop -= 1
         number = find_known(start, colon - start)
         field = &fields.field[fields.count]
@@ -525,18 +525,21 @@ cdef enum:      # what Connection says of the connection itself
     SAYS_UPGRADE = 4
 
 
-cdef int read_connection(const uint8_t *data, Fields *fields) noexcept nogil:
-    """SAYS_* of all Connection fields; marks the fields that they name. E_CONNECTION when that cannot be."""
+cdef int read_connection(const uint8_t *data, Fields *fields, uint8_t minor) noexcept nogil:
+    """SAYS_* of all Connection fields; marks the fields that they name. E_CONNECTION when that cannot be.
+
+    Proxy-Connection is read like llhttp reads it, but for an upgrade, which nobody asks for in that way.
+    """
     cdef const uint8_t *rest
     cdef const uint8_t *stop
     cdef const uint8_t *start
     cdef const uint8_t *end
-    cdef int says = 0
+    cdef int said, says = 0
     cdef uint32_t i, elements = 0
-    if not has(fields, F_CONNECTION):
+    if not has(fields, F_CONNECTION) and not has(fields, F_PROXY_CONNECTION):
         return 0
-    for i in range(fields.first[F_CONNECTION], fields.count):
-        if fields.field[i].id != F_CONNECTION:
+    for i in range(fields.count):
+        if fields.field[i].id != F_CONNECTION and fields.field[i].id != F_PROXY_CONNECTION:
             continue
         rest = data + fields.field[i].value.at
         stop = rest + fields.field[i].value.size
@@ -546,16 +549,21 @@ cdef int read_connection(const uint8_t *data, Fields *fields) noexcept nogil:
             elements += 1
             if elements > MAX_NOMINATED:
                 return E_CONNECTION
+            said = 0
             if end - start == 10 and starts_with(start, 10, b"keep-alive", 10):
-                says |= SAYS_KEEP_ALIVE
-                continue  # hop-by-hop by name
-            if end - start == 7 and starts_with(start, 7, b"upgrade", 7):
-                says |= SAYS_UPGRADE
-                continue
-            if end - start == 5 and starts_with(start, 5, b"close", 5):
-                says |= SAYS_CLOSE
-            if end > start:
+                said = SAYS_KEEP_ALIVE
+            elif end - start == 7 and starts_with(start, 7, b"upgrade", 7):
+                said = SAYS_UPGRADE
+            elif end - start == 5 and starts_with(start, 5, b"close", 5):
+                said = SAYS_CLOSE
+            says |= said
+            if fields.field[i].id == F_PROXY_CONNECTION:
+                if said == SAYS_UPGRADE:
+                    return E_CONNECTION
+            elif end > start and said != SAYS_KEEP_ALIVE and said != SAYS_UPGRADE:  # those two never pass on anyway
                 mark_nominated(data, fields, start, end - start)
+    if minor == 0 and says & SAYS_CLOSE and says & SAYS_KEEP_ALIVE:
+        return E_CONNECTION  # close has precedence (RFC 9112, 9.3), but llhttp would go on
     return says
 
 
@@ -597,12 +605,13 @@ cdef inline int read_length(const uint8_t *data, const Fields *fields, uint64_t 
 
 cdef inline int read_coding(const uint8_t *data, const Fields *fields, uint8_t minor) noexcept nogil:
     """1: the body is chunked; 0: it is not; E_CODING."""
+    cdef Span value
     if not has(fields, F_TRANSFER_ENCODING):
         return 0
-    if (
-        is_repeated(fields, F_TRANSFER_ENCODING) or minor == 0
-        or not span_is(data, value_of(fields, F_TRANSFER_ENCODING), b"chunked", 7)
-    ):
+    value = value_of(fields, F_TRANSFER_ENCODING)
+    if is_repeated(fields, F_TRANSFER_ENCODING) or minor == 0 or not span_is(data, value, b"chunked", 7):
+        return E_CODING
+    if data[value.at + 7] != CR:  # llhttp takes "chunked", tab, CRLF for something else
         return E_CODING
     return 1
 
@@ -723,7 +732,7 @@ cdef bint is_host(const uint8_t *p, Py_ssize_t size) noexcept nogil:
     else:
         while p < end and CLASS[p[0]] & IN_HOST:
             p += 1
-        if p == start or not CLASS[start[0]] & IS_ALNUM or not CLASS[p[-1]] & IS_ALNUM:
+        if p == start or not CLASS[start[0]] & IS_ALNUM or not CLASS[(p - 1)[0]] & IS_ALNUM:
             return False
     if p == end:
         return True
@@ -761,7 +770,7 @@ cdef int finish_request(const uint8_t *data, RequestHead *head, unsigned options
     if has(fields, F_SEC_WEBSOCKET_KEY1):
         return E_OLD_WEBSOCKET
 
-    says = read_connection(data, fields)
+    says = read_connection(data, fields, head.minor)
     if says < 0:
         return says
     if (
@@ -779,7 +788,7 @@ cdef int finish_request(const uint8_t *data, RequestHead *head, unsigned options
         head.expect_continue = True
 
     head.upgrade = UPGRADE_NONE
-    if says & SAYS_UPGRADE and has(fields, F_UPGRADE):
+    if says & SAYS_UPGRADE and has(fields, F_UPGRADE) and value_of(fields, F_UPGRADE).size:
         if span_is(data, value_of(fields, F_UPGRADE), b"websocket", 9):
             if head.method_id != M_GET or head.minor == 0 or head.framing != BODY_NONE:
                 return E_UPGRADE
@@ -873,9 +882,19 @@ cdef int finish_response(const uint8_t *data, ResponseHead *head, unsigned optio
             return E_BODILESS
     elif head.status == 204 and chunked:
         return E_BODILESS
-    says = read_connection(data, fields)
+    says = read_connection(data, fields, head.minor)
     if says < 0:
         return says
+    if has(fields, F_SEC_WEBSOCKET_KEY1):
+        return E_OLD_WEBSOCKET
+    head.upgrade = UPGRADE_NONE
+    if head.status == 101:
+        if says & SAYS_UPGRADE and has(fields, F_UPGRADE) and value_of(fields, F_UPGRADE).size:
+            head.upgrade = UPGRADE_OTHER
+            if not is_repeated(fields, F_UPGRADE) and span_is(data, value_of(fields, F_UPGRADE), b"websocket", 9):
+                head.upgrade = UPGRADE_WEBSOCKET
+        elif not options & FROM_GATEWAY:
+            return E_UPGRADE
     if head.status < 200 or head.status == 204 or head.status == 304 or options & TO_HEAD:
         head.framing = BODY_NONE
     elif chunked:
@@ -1053,8 +1072,11 @@ cdef int trailer_byte(Chunked *body, uint8_t byte) noexcept nogil:
         if byte != c":":
             return E_TRAILER
         number = find_known(body.name, body.name_size)
-        # RFC 9110, 6.5.1: what frames, routes or belongs to the connection cannot come after the body.
-        if REQUEST_FLAGS[number] & HOP_BY_HOP or number == F_CONTENT_LENGTH or number == F_HOST:
+        # RFC 9110, 6.5.1: what frames, routes, authenticates or says how to take the body cannot come after it. That
+        # is every name we know, but for three that a server may learn only as it sends.
+        if number != F_OTHER and not (
+            body.response and (number == F_DATE or number == F_ETAG or number == F_SERVER)
+        ):
             return E_TRAILER
         body.state = IN_TRAILER_VALUE
     elif body.state == IN_TRAILER_VALUE:
@@ -1177,7 +1199,7 @@ cdef Py_ssize_t write_set_cookie(const uint8_t *data, Span value, uint8_t *out) 
             name_end = <const uint8_t *> memchr(start, c"=", end - start)
             if name_end == NULL:
                 name_end = end
-            while name_end > start and is_blank(name_end[-1]):
+            while name_end > start and is_blank((name_end - 1)[0]):
                 name_end -= 1
             if name_end - start == 6 and starts_with(start, 6, b"domain", 6):
                 continue
@@ -1381,6 +1403,7 @@ cdef class Response:
     cdef readonly str framing
     cdef readonly object content_length
     cdef readonly bint keep_alive
+    cdef readonly object upgrade
 
 
 cdef inline bytes cut(const uint8_t *data, Span span):
@@ -1445,6 +1468,7 @@ def parse_response(bytes data not None, bint to_head=False, bint from_gateway=Fa
     response.framing = _FRAMING[head.framing]
     response.content_length = head.content_length if head.has_length else None
     response.keep_alive = head.keep_alive
+    response.upgrade = _UPGRADE[head.upgrade]
     return response
 
 
@@ -1534,8 +1558,9 @@ cdef class ChunkedDecoder:
     cdef readonly bytes trailers
     cdef readonly bint ended
 
-    def __cinit__(self):
+    def __cinit__(self, bint response=False):
         memset(&self._body, 0, sizeof(Chunked))
+        self._body.response = response
         self.trailers = b""
         self.ended = False
 
