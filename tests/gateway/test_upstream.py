@@ -559,10 +559,10 @@ async def test_download_with_a_slow_reader_stays_bounded(rig: Rig) -> None:
         while sent != before:
             before = sent
             await asyncio.sleep(0.1)
-        far = rig.gateway.streams[0]
+        far = rig.far()
         link = rig.gateway.links[0].transport
         assert link is not None
-        assert far._raw.queued < 1 << 20
+        assert far.queued < 1 << 20
         assert link.get_write_buffer_size() < 1 << 20
         assert stream.buffered <= stream._raw.window
         got = 0
@@ -605,8 +605,8 @@ async def test_upload_to_a_slow_service_stays_bounded(rig: Rig) -> None:
         while sent != before:
             before = sent
             await asyncio.sleep(0.1)
-        far = rig.gateway.streams[0]
-        assert far.buffered <= far._raw.window
+        far = rig.far()
+        assert far.held_bytes <= far.window
         assert stream._raw.queued < 1 << 20
         go.set()
         async with asyncio.timeout(30):
