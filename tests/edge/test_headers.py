@@ -134,6 +134,7 @@ def test_cookies_and_tokens_of_ours_are_stripped_and_others_kept() -> None:
     )
     assert b"Cookie: a=1; b=2; c=3\r\n" in head
     assert b"secret" not in head
+    assert b"secret" not in head_of((b"Authorization", b"bearer   gp_secret"))
     assert b"Authorization: Basic eA==\r\n" in head_of((b"Authorization", b"Basic eA=="))
     assert b"Authorization: Bearer other\r\n" in head_of((b"Authorization", b"Bearer other"))
     assert b"Cookie" not in head_of((b"Cookie", b"__Host-guestpass=secret"))

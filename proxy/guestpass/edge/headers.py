@@ -162,6 +162,12 @@ def bearer(headers: RawHeaders, prefix: str) -> str | None:
     return token if scheme.lower() == b"bearer" and token.startswith(prefix) else None
 
 
+def is_our_bearer(value: bytes, prefix: bytes) -> bool:
+    """Whether an Authorization field carries a token of ours, however it is written: it stays at the edge."""
+    scheme, _, credentials = value.partition(b" ")
+    return scheme.lower() == b"bearer" and credentials.lstrip(b" ").lower().startswith(prefix)
+
+
 # ── towards the application ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -188,9 +194,7 @@ def request_head(
             value = strip_our_cookies(value)
             if not value:
                 continue
-        elif lower == b"authorization" and value[: 7 + len(bearer_prefix)].lower().startswith(
-            b"bearer " + bearer_prefix
-        ):
+        elif lower == b"authorization" and is_our_bearer(value, bearer_prefix):
             continue
         out += (name, b": ", value, b"\r\n")
     if upgrade:
