@@ -109,7 +109,7 @@ cdef enum:      # FieldFlag
 cdef enum:      # ScanOption
     FROM_EDGE = 1           # request at the gateway: the reserve was used already, Transfer-Encoding is refused
     TO_HEAD = 2             # response: the request was HEAD
-    FROM_GATEWAY = 4        # response at the edge: HTTP/1.1 only, Transfer-Encoding is refused
+    FROM_GATEWAY = 4        # response at the edge: HTTP/1.1 only; the stream's end ends a body without a length
 
 cdef struct Span:
     uint32_t at

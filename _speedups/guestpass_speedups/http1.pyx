@@ -874,8 +874,9 @@ cdef int finish_response(const uint8_t *data, ResponseHead *head, unsigned optio
     if has_length < 0:
         return has_length
     head.has_length = has_length
-    chunked = read_coding(data, fields, head.minor)
-    if chunked < 0 or (chunked and (has_length or options & FROM_GATEWAY)):
+    # In a tunnel the end of the stream is the end of the body, and Transfer-Encoding means nothing (SPEC.md, 2.3).
+    chunked = 0 if options & FROM_GATEWAY else read_coding(data, fields, head.minor)
+    if chunked < 0 or (chunked and has_length):
         return E_CODING
     if head.status < 200:
         if chunked or head.content_length:

@@ -1,5 +1,5 @@
-"""Differential fuzzing of the scanner: a plain mutator over tests/corpus/http1, and llhttp (through aiohttp's parser) as
-the other opinion.
+"""Differential fuzzing of the scanner: a plain mutator over tests/corpus/http1, and llhttp (through aiohttp's parser)
+as the other opinion.
 
 Only what the scanner *accepts* counts. Of that both must agree on method, target, version, names and values of fields,
 body, whether the connection goes on, upgrade, and the byte where the next message begins: llhttp must not be done one
@@ -183,7 +183,9 @@ def check_request(data: bytes) -> bool:
     _same("body", body, opinion.body())
     if opinion.upgraded:
         return True
-    if ours.keep_alive and ours.upgrade is None:  # aiohttp drops what follows an upgrade that it does not take
+    if (
+        ours.keep_alive and ours.upgrade is None
+    ):  # aiohttp drops what follows an upgrade that it does not take
         opinion.feed(PROBE_REQUEST)
         if len(opinion.messages) != 2 or opinion.messages[1][0].path != "/probe":
             raise Disagreement("llhttp does not see the next request where it is")
@@ -253,38 +255,46 @@ def _compare_response(ours: Response, opinion: Opinion, *, to_head: bool) -> Non
 
 # ── mutations ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-BYTES = [bytes((b,)) for b in b"\r\n\t :;,=\"'\\/*#?%&.-_@[]{}()<>|^`~!$+\x00\x01\x0b\x0c\x1f\x7f\x80\x85\xa0\xff\xc2"]
+BYTES = [
+    bytes((b,))
+    for b in b"\r\n\t :;,=\"'\\/*#?%&.-_@[]{}()<>|^`~!$+\x00\x01\x0b\x0c\x1f\x7f\x80\x85\xa0\xff\xc2"
+]
 BYTES += [bytes((b,)) for b in b"0123456789abcdefABCDEFxXgGtTkK"]
 PIECES = [
-    b"\r\n", b"\n", b"\r", b"\r\r\n", b"\n\r", b"\r\n\r\n", b"\r\n ", b"\r\n\t", b"  ", b"\t", b" ,", b", ", b",,", b"; ",
-    b"HTTP/1.1", b"HTTP/1.0", b"HTTP/2.0", b"HTTP/0.9", b"HTTP/1.2", b"http/1.1", b"ICE/1.0", b"RTSP/1.0", b"HTTP/1.10",
-    b"chunked", b"Chunked", b"gzip", b"identity", b"close", b"keep-alive", b"upgrade", b"Upgrade", b"websocket", b"h2c",
-    b"100-continue", b"0", b"1", b"5", b"00", b"0x5", b"+5", b"-1", b"0005", b"5, 5", b"18446744073709551616",
-    b"999999999999999999", b"9223372036854775808", b"/", b"//", b"/../", b"%2e", b"http://a/", b"*", b"\\", b"\xc3\xa9",
-    b"\xe2\x80\x80", b"\x00", b";a", b";a=b", b';a="b"', b'="', b'"', b";", b"=", b"0\r\n\r\n", b"1\r\nx\r\n", b"f\r\n",
-    b"trailers", b"te", b"a" * 70, b"200 OK", b"204", b"304", b"101", b"100", b"199",
+    b"\r\n", b"\n", b"\r", b"\r\r\n", b"\n\r", b"\r\n\r\n", b"\r\n ", b"\r\n\t", b"  ", b"\t", b" ,", b", ",
+    b",,", b"; ", b"HTTP/1.1", b"HTTP/1.0", b"HTTP/2.0", b"HTTP/0.9", b"HTTP/1.2", b"http/1.1", b"ICE/1.0",
+    b"RTSP/1.0", b"HTTP/1.10", b"chunked", b"Chunked", b"gzip", b"identity", b"close", b"keep-alive",
+    b"upgrade", b"Upgrade", b"websocket", b"h2c", b"100-continue", b"0", b"1", b"5", b"00", b"0x5", b"+5",
+    b"-1", b"0005", b"5, 5", b"18446744073709551616", b"999999999999999999", b"9223372036854775808", b"/",
+    b"//", b"/../", b"%2e", b"http://a/", b"*", b"\\", b"\xc3\xa9", b"\xe2\x80\x80", b"\x00", b";a", b";a=b",
+    b';a="b"', b'="', b'"', b";", b"=", b"0\r\n\r\n", b"1\r\nx\r\n", b"f\r\n", b"trailers", b"te", b"a" * 70,
+    b"200 OK", b"204", b"304", b"101", b"100", b"199",
 ]  # fmt: skip
 LINES = [
-    b"Host: a", b"Host:", b"Host: a, b", b"host: u@a", b"Host: [::1]", b"Content-Length: 5", b"Content-Length: 0",
-    b"Content-Length:5", b"Content-Length: 05", b"Content-Length: 5 ", b"Content-Length: 5,5", b"content-length: 11",
-    b"Content-Length : 5", b"Content_Length: 5", b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked ",
-    b"Transfer-Encoding:\tchunked", b"Transfer-Encoding: gzip, chunked", b"Transfer-Encoding: identity",
-    b"transfer-encoding: CHUNKED", b"Transfer-Encoding: chunked, chunked", b"Transfer-Encoding: ,chunked",
-    b"Transfer-Encoding : chunked", b"Transfer_Encoding: chunked", b"Transfer-Encoding:", b"Connection: close",
-    b"Connection: keep-alive", b"Connection: upgrade", b"Connection: close, keep-alive", b"Connection: keep-alive,close",
+    b"Host: a", b"Host:", b"Host: a, b", b"host: u@a", b"Host: [::1]", b"Content-Length: 5",
+    b"Content-Length: 0", b"Content-Length:5", b"Content-Length: 05", b"Content-Length: 5 ",
+    b"Content-Length: 5,5", b"content-length: 11", b"Content-Length : 5", b"Content_Length: 5",
+    b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked ", b"Transfer-Encoding:\tchunked",
+    b"Transfer-Encoding: gzip, chunked", b"Transfer-Encoding: identity", b"transfer-encoding: CHUNKED",
+    b"Transfer-Encoding: chunked, chunked", b"Transfer-Encoding: ,chunked", b"Transfer-Encoding : chunked",
+    b"Transfer_Encoding: chunked", b"Transfer-Encoding:", b"Connection: close", b"Connection: keep-alive",
+    b"Connection: upgrade", b"Connection: close, keep-alive", b"Connection: keep-alive,close",
     b"Connection: x-a, Upgrade", b"Connection: close\t", b"Connection: closed", b"Connection: close;q=1",
-    b"Connection: Content-Length", b"Connection: host", b"Connection:", b"Connection: ,", b"Connection: \"close\"",
-    b"Proxy-Connection: keep-alive", b"Proxy-Connection: close", b"Upgrade: websocket", b"Upgrade: WebSocket",
-    b"Upgrade: h2c", b"Upgrade: websocket, h2c", b"Upgrade:", b"Expect: 100-continue", b"Expect: 200-ok", b"TE: trailers",
-    b"Trailer: x", b"Keep-Alive: timeout=5", b"Sec-WebSocket-Key1: x", b"X-A:", b"X-A: \t ", b"X-A: b\tc", b"X-A : b",
-    b": x", b"X-A", b" X-A: b", b"\tX-A: b", b"", b"X-\xe9: b", b"X-A: \xe9", b"X-A: a\x00b", b"X-A: a\rb", b"X-A: a\nb",
-    b"Content-Type: a/b", b"User-Agent: x", b"Server: x", b"ETag: x", b"Content-Encoding: gzip", b"Content-Range: x",
-    b"Content-Location: /x", b"Max-Forwards: 1", b"Set-Cookie: a=b", b"Cookie: a=b", b"Origin: http://a",
+    b"Connection: Content-Length", b"Connection: host", b"Connection:", b"Connection: ,",
+    b"Connection: \"close\"", b"Proxy-Connection: keep-alive", b"Proxy-Connection: close",
+    b"Upgrade: websocket", b"Upgrade: WebSocket", b"Upgrade: h2c", b"Upgrade: websocket, h2c", b"Upgrade:",
+    b"Expect: 100-continue", b"Expect: 200-ok", b"TE: trailers", b"Trailer: x", b"Keep-Alive: timeout=5",
+    b"Sec-WebSocket-Key1: x", b"X-A:", b"X-A: \t ", b"X-A: b\tc", b"X-A : b", b": x", b"X-A", b" X-A: b",
+    b"\tX-A: b", b"", b"X-\xe9: b", b"X-A: \xe9", b"X-A: a\x00b", b"X-A: a\rb", b"X-A: a\nb",
+    b"Content-Type: a/b", b"User-Agent: x", b"Server: x", b"ETag: x", b"Content-Encoding: gzip",
+    b"Content-Range: x", b"Content-Location: /x", b"Max-Forwards: 1", b"Set-Cookie: a=b", b"Cookie: a=b",
+    b"Origin: http://a",
 ]  # fmt: skip
 STARTS = {
     "request": [
-        b"GET", b"HEAD", b"POST", b"OPTIONS", b"CONNECT", b"TRACE", b"get", b"FOO", b"PRI", b"SOURCE", b"DESCRIBE", b"QUERY",
-        b"M-SEARCH", b"PURGE", b"MKCALENDAR", b"UNSUBSCRIBE", b"PUT", b"DELETE", b"PATCH", b"LINK", b"GET ", b" GET", b"",
+        b"GET", b"HEAD", b"POST", b"OPTIONS", b"CONNECT", b"TRACE", b"get", b"FOO", b"PRI", b"SOURCE",
+        b"DESCRIBE", b"QUERY", b"M-SEARCH", b"PURGE", b"MKCALENDAR", b"UNSUBSCRIBE", b"PUT", b"DELETE",
+        b"PATCH", b"LINK", b"GET ", b" GET", b"",
     ],
     "response": [b"HTTP/1.1", b"HTTP/1.0", b"HTTP/1.2", b"HTTP/2", b"HTTP/0.9", b"ICY", b"http/1.1", b""],
 }  # fmt: skip

@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import http_parser
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from speedups import http1_fuzz as fuzz
+
+from guestpass_speedups import http1
 
 CASES = int(os.environ.get("GUESTPASS_FUZZ_CASES", "20000"))
 SEED = int(os.environ.get("GUESTPASS_FUZZ_SEED", "1"))
@@ -36,6 +39,10 @@ def disagreement(check: Callable[[bytes], bool], data: bytes) -> str:
     except fuzz.Disagreement as exc:
         return str(exc).partition(": scanner")[0]
     return ""
+
+
+def disagrees(check: Callable[[bytes], bool], what: str, data: bytes) -> bool:
+    return disagreement(check, data) == what
 
 
 def test_llhttp_is_what_we_compare_with() -> None:
@@ -66,12 +73,114 @@ def test_mutated(
         try:
             accepted += check(data)
         except fuzz.Disagreement:
-            what = disagreement(check, data)
-            small = fuzz.shrink(data, lambda case: disagreement(check, case) == what)
+            small = fuzz.shrink(data, partial(disagrees, check, disagreement(check, data)))
             with pytest.raises(fuzz.Disagreement) as caught:
                 check(small)
             pytest.fail(f"{name}: {caught.value}\n{small!r}\nfrom {data!r} (seed {SEED})")
     seconds = time.perf_counter() - begin
     with capsys.disabled():
-        print(f"\n{name}: {cases:,} cases, {accepted:,} accepted, no disagreement, {cases / seconds:,.0f} cases/s")
+        print(
+            f"\n{name}: {cases:,} cases, {accepted:,} accepted, no disagreement, {cases / seconds:,.0f} cases/s"
+        )
     assert accepted > cases // 8, "a mutator whose cases are all refused compares nothing"
+
+
+# ── the comparison sees what it is there to see ───────────────────────────────────────────────────────────────────
+
+SIMPLE = b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello"
+BLIND = [
+    ("method", b"PUT"),
+    ("target", b"/y"),
+    ("minor", 0),
+    ("fields", [(b"Host", b"a")]),
+    ("keep_alive", False),
+    ("upgrade", "websocket"),
+    ("content_length", 4),
+    ("framing", "none"),
+    ("size", len(SIMPLE) - 6),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong"), BLIND, ids=[b[0] for b in BLIND])
+def test_a_wrong_scanner_of_requests_is_caught(
+    name: str, wrong: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = http1.parse_request(SIMPLE)
+    names = (
+        "size",
+        "method",
+        "target",
+        "minor",
+        "fields",
+        "framing",
+        "content_length",
+        "keep_alive",
+        "upgrade",
+    )
+    values = {n: getattr(head, n) for n in names}
+    monkeypatch.setattr(fuzz, "parse_request", lambda data: SimpleNamespace(**values))
+    assert fuzz.check_request(SIMPLE)
+    values[name] = wrong
+    with pytest.raises(fuzz.Disagreement):
+        fuzz.check_request(SIMPLE)
+
+
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
+BLIND_TO_RESPONSES = [
+    ("status", 201),
+    ("reason", b"Ok"),
+    ("minor", 0),
+    ("fields", []),
+    ("keep_alive", False),
+    ("content_length", 4),
+    ("framing", "close"),
+    ("size", len(ANSWER) - 6),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong"), BLIND_TO_RESPONSES, ids=[b[0] for b in BLIND_TO_RESPONSES])
+def test_a_wrong_scanner_of_responses_is_caught(
+    name: str, wrong: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = http1.parse_response(ANSWER)
+    names = ("size", "status", "reason", "minor", "fields", "framing", "content_length", "keep_alive")
+    values = {n: getattr(head, n) for n in names}
+    monkeypatch.setattr(fuzz, "parse_response", lambda data, to_head: SimpleNamespace(**values))
+    assert fuzz.check_response(ANSWER, to_head=False)
+    values[name] = wrong
+    with pytest.raises(fuzz.Disagreement):
+        fuzz.check_response(ANSWER, to_head=False)
+
+
+def test_shrinking_keeps_the_disagreement() -> None:
+    assert fuzz.shrink(b"GET /aXbYc HTTP/1.1", lambda case: b"X" in case and b"Y" in case) == b"XY"
+
+
+# ── hypothesis: heads that are put together, not mutated ──────────────────────────────────────────────────────────
+
+HEADS = st.tuples(
+    st.sampled_from([b"GET / HTTP/1.1", b"POST /x?y HTTP/1.1", b"HEAD / HTTP/1.0", b"OPTIONS * HTTP/1.1"]),
+    st.lists(st.sampled_from(fuzz.LINES), max_size=5),
+    st.one_of(
+        st.sampled_from([b"", b"hello", b"0\r\n\r\n", b"5\r\nhello\r\n0\r\nX: y\r\n\r\n"]),
+        st.binary(max_size=20),
+    ),
+)
+
+
+@given(HEADS)
+def test_requests_put_together(parts: tuple[bytes, list[bytes], bytes]) -> None:
+    line, lines, body = parts
+    fuzz.check_request(b"\r\n".join((line, b"Host: a", *lines, b"", body)))
+
+
+@given(
+    HEADS,
+    st.sampled_from([b"200 OK", b"204", b"304 X", b"101 X", b"100 X", b"199 X", b"404 "]),
+    st.booleans(),
+)
+def test_responses_put_together(
+    parts: tuple[bytes, list[bytes], bytes], status: bytes, to_head: bool
+) -> None:
+    line, lines, body = parts
+    fuzz.check_response(b"\r\n".join((line[-8:] + b" " + status, *lines, b"", body)), to_head=to_head)
