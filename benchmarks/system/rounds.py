@@ -6,6 +6,9 @@ wrk counts statuses and socket errors itself, and its total of bytes must be the
 one. A run with any error is not counted; it is repeated (`TRIES`), and a target that cannot do without is reported as
 such.
 
+The machine is watched too: a run during which other processes had more than `MAX_OTHERS` of a processor is repeated,
+`BUSY_TRIES` times at most for a series; after that it counts, and the report says how much others had.
+
 A ratio is the median of one over the median of the other; its spread, the lowest and highest of the rounds' own.
 """
 
@@ -21,18 +24,26 @@ import ssl
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from processes import Usage, program
+from processes import Lab, Usage, program
 from targets import LABELS, SIZES, Target, body
 
 SCRIPT = Path(__file__).with_name("wrk.lua")
 
 # Of a run with errors.
 TRIES = 3
+
+# Processors that others may have during a run: a desktop's background, not somebody's build.
+MAX_OTHERS = 0.15
+
+# Of runs on a busy machine, for all rounds of one load together.
+BUSY_TRIES = 20
+BUSY_PAUSE = 1.0
 
 CHECK_SECONDS = 1
 
@@ -83,6 +94,7 @@ class Run:
     cpu: Mapping[str, float]  # seconds, by role
     peak: Mapping[str, int]  # bytes, by role
     client_cpu: float
+    others: float  # processors that the rest of the machine had
     responses: int
 
     @property
@@ -123,6 +135,7 @@ class Series:
             details["peak_rss"] = {
                 role: max(run.peak[role] for run in self.runs) for role in self.runs[0].peak
             }
+            details["others"] = round(max(run.others for run in self.runs), 2)
             details["client_cpu_seconds"] = round(self.median("client_cpu"), 3)
         return details
 
@@ -143,6 +156,7 @@ def compare(
 ) -> dict[str, Series]:
     """`rounds` rounds over all targets in turn. Raises Wrong where one answers wrongly to begin with."""
     series = {target.name: Series(target.name, load) for target in targets}
+    busy = BUSY_TRIES
     with quiet(lock):
         sizes = {target.name: check(target, load) for target in targets}
         for _ in range(rounds):
@@ -150,12 +164,20 @@ def compare(
                 into = series[target.name]
                 if len(into.errors) >= TRIES and not into.runs:
                     continue  # it cannot do this
-                for _ in range(TRIES):
+                tries = TRIES
+                while tries:
                     try:
-                        into.runs.append(measure(target, load, sizes[target.name]))
-                        break
+                        run = measure(target, load, sizes[target.name])
                     except Wrong as exc:
                         into.errors.append(str(exc))
+                        tries -= 1
+                        continue
+                    if run.others > MAX_OTHERS and busy:
+                        busy -= 1
+                        time.sleep(BUSY_PAUSE)
+                        continue
+                    into.runs.append(run)
+                    break
     if say:
         for one in series.values():
             print(line(one), file=sys.stderr, flush=True)
@@ -171,9 +193,11 @@ def line(series: Series) -> str:
         f"{role} {statistics.median(run.cpu[role] / run.responses for run in series.runs) * 1e6:.1f}"
         for role in series.runs[0].cpu
     )
+    others = max(run.others for run in series.runs)
     return (
         f"{head} {series.median('rate'):>9,.0f}/s  p50 {series.median('p50'):>7,.0f}  "
         f"p99 {series.median('p99'):>7,.0f} µs   CPU µs each: {roles}"
+        + (f"   (others had {others:.1f} processors)" if others > MAX_OTHERS else "")
     )
 
 
@@ -191,9 +215,10 @@ def measure(target: Target, load: Load, size: int) -> Run:
     for process in target.processes:
         process.reset_peak()
     before = {process.role: process.usage() for process in target.processes}
-    client = os.times()
+    lab, busy, client = lab_cpu(target.lab), machine_cpu(), children_cpu()
     totals = wrk(target, load, load.seconds)
-    client_after = os.times()
+    client_used, busy_used = children_cpu() - client, machine_cpu() - busy
+    lab_used = lab_cpu(target.lab) - lab
     after = {process.role: process.usage() for process in target.processes}
     _no_errors(target, totals)
     responses, received = totals["requests"], totals["bytes"]
@@ -211,12 +236,26 @@ def measure(target: Target, load: Load, size: int) -> Run:
         p99=totals["p99"],
         cpu=cpu,
         peak={role: usage.peak for role, usage in after.items()},
-        client_cpu=client_after.children_user
-        + client_after.children_system
-        - client.children_user
-        - client.children_system,
+        client_cpu=client_used,
+        others=max(busy_used - lab_used - client_used, 0.0) / (totals["duration"] / 1e6),
         responses=responses,
     )
+
+
+def machine_cpu() -> float:
+    """Seconds that all processors worked for processes: user, nice and system."""
+    fields = Path("/proc/stat").read_text().split(None, 4)
+    return sum(map(int, fields[1:4])) / os.sysconf("SC_CLK_TCK")
+
+
+def lab_cpu(lab: Lab) -> float:
+    return sum(process.usage().cpu for process in lab.processes)
+
+
+def children_cpu() -> float:
+    """Seconds of the clients that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def wrk(target: Target, load: Load, seconds: int, check: str | None = None) -> dict[str, int]:
@@ -267,7 +306,12 @@ def check(target: Target, load: Load) -> int:
 def fetch(target: Target, size: str) -> tuple[bytes, bytes]:
     """One request on a connection of its own: (head, body), read by Content-Length. Raises Wrong."""
     headers = {"Host": f"127.0.0.1:{target.port}", **target.headers}
-    lines = [f"GET {target.prefix}/{size} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    lines = [
+        f"GET {target.prefix}/{size} HTTP/1.1",
+        *(f"{name}: {value}" for name, value in headers.items()),
+        "",
+        "",
+    ]
     sock = socket.create_connection(("127.0.0.1", target.port), timeout=10)
     if target.tls:
         context = ssl.create_default_context()

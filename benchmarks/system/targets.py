@@ -52,6 +52,7 @@ SITE, SERVICE, ECHO, EMAIL = "bench", "app", "echo", "alice@example.org"
 class Target:
     """Something that answers on a port of this machine."""
 
+    lab: Lab
     name: str
     port: int
     processes: list[Process]
@@ -91,7 +92,7 @@ def application(lab: Lab) -> Target:
             open_file_cache max=100 inactive={KEEP};
             open_file_cache_valid {KEEP};
             server {{ listen 127.0.0.1:{port} backlog=4096; root {root}; etag off; }}"""
-        lab.once["application"] = Target("direct", port, [_nginx(lab, "application", port, server)])
+        lab.once["application"] = Target(lab, "direct", port, [_nginx(lab, "application", port, server)])
     target: Target = lab.once["application"]
     return target
 
@@ -102,7 +103,7 @@ def echo_application(lab: Lab) -> Target:
         port = free_port()
         process = lab.start("echo", [sys.executable, HERE / "echo_server.py", str(port)])
         process.wait_for_port(port)
-        lab.once["echo"] = Target("direct", port, [process])
+        lab.once["echo"] = Target(lab, "direct", port, [process])
     target: Target = lab.once["echo"]
     return target
 
@@ -195,7 +196,7 @@ def nginx(lab: Lab, tls: bool = False) -> Target:
             location / {{ proxy_pass http://app; {PROXY} }}
             location = /echo {{ proxy_pass http://127.0.0.1:{echo}; {UPGRADE} }}
         }}"""
-    return Target("nginx", port, [_nginx(lab, "nginx", port, servers)], tls=tls)
+    return Target(lab, "nginx", port, [_nginx(lab, "nginx", port, servers)], tls=tls)
 
 
 def nginx_tls(lab: Lab, tls: bool = False) -> Target:
@@ -221,7 +222,7 @@ def nginx_tls(lab: Lab, tls: bool = False) -> Target:
             location = /echo {{ proxy_pass https://127.0.0.1:{inner}; {UPGRADE} {verify} }}
         }}"""
     processes = [_nginx(lab, "second nginx", inner, second), _nginx(lab, "first nginx", port, first)]
-    return Target("nginx-tls", port, processes, tls=tls)
+    return Target(lab, "nginx-tls", port, processes, tls=tls)
 
 
 def haproxy(lab: Lab, tls: bool = False) -> Target:
@@ -252,7 +253,7 @@ backend app
     )
     process = lab.start("haproxy", [program("haproxy"), "-db", "-f", config])
     process.wait_for_port(port)
-    return Target("haproxy", port, [process])
+    return Target(lab, "haproxy", port, [process])
 
 
 def aiohttp_proxy(lab: Lab, tls: bool = False) -> Target:
@@ -262,7 +263,7 @@ def aiohttp_proxy(lab: Lab, tls: bool = False) -> Target:
     upstream = f"http://127.0.0.1:{application(lab).port}"
     process = lab.start("aiohttp proxy", [sys.executable, HERE / "aiohttp_proxy.py", str(port), upstream])
     process.wait_for_port(port)
-    return Target("aiohttp", port, [process])
+    return Target(lab, "aiohttp", port, [process])
 
 
 def proxy_py(lab: Lab, tls: bool = False) -> Target:
@@ -277,7 +278,7 @@ def proxy_py(lab: Lab, tls: bool = False) -> Target:
     command += ["--timeout", "600", "--backlog", "4096"]
     process = lab.start("proxy.py", command)
     process.wait_for_port(port)
-    return Target("proxy.py", port, [process], prefix=f"http://127.0.0.1:{application(lab).port}")
+    return Target(lab, "proxy.py", port, [process], prefix=f"http://127.0.0.1:{application(lab).port}")
 
 
 def ssh_reverse(lab: Lab, tls: bool = False) -> Target:
@@ -329,7 +330,7 @@ def ssh_reverse(lab: Lab, tls: bool = False) -> Target:
     command += ["-R", f"127.0.0.1:{port}:127.0.0.1:{application(lab).port}", "127.0.0.1"]
     ssh = lab.start("ssh", command)
     ssh.wait_for_port(port)
-    return Target("ssh", port, [sshd, ssh])
+    return Target(lab, "ssh", port, [sshd, ssh])
 
 
 # ── Guestpass ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -404,6 +405,7 @@ def guestpass(
         headers.append({"Host": f"{share['id']}.{ports['domain']}", "Authorization": f"Bearer {token}"})
         shares.append(share["id"])
     return Target(
+        lab,
         name,
         ports["visitors"],
         [edge, gateway],
