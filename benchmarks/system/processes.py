@@ -177,6 +177,14 @@ class Process:
                 peak += _kilobytes(status, "VmHWM:")
         return Usage(cpu, rss, peak)
 
+    def cpu_nanoseconds(self) -> int:
+        """Of all threads that it has, from the scheduler: exact where `usage` counts hundredths of a second."""
+        total = 0
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                total += int((task / "schedstat").read_text().split()[0])
+        return total
+
     def stop(self) -> None:
         if self.popen.poll() is None:
             self.popen.terminate()

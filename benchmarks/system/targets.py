@@ -341,12 +341,12 @@ class Api:
 
     def __init__(self, port: int, key: str) -> None:
         self._base = f"http://127.0.0.1:{port}/api/v1"
-        self._headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        self._headers["Host"] = f"localhost:{port}"
+        self.headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        self.headers["Host"] = f"localhost:{port}"
 
     def post(self, path: str, data: Mapping[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(
-            self._base + path, json.dumps(data).encode(), self._headers, method="POST"
+            self._base + path, json.dumps(data).encode(), self.headers, method="POST"
         )
         with urllib.request.urlopen(request, timeout=30) as response:
             answer: dict[str, Any] = json.load(response)
@@ -409,10 +409,10 @@ def guestpass(
         name,
         ports["visitors"],
         [edge, gateway],
-        headers[0],
-        tls,
-        headers[1],
-        {**ports, "folder": folder, "api": api, "share": shares[0], "echo_share": shares[1], "ready": ready},
+        headers=headers[0],
+        echo_headers=headers[1],
+        tls=tls,
+        facts={**ports, "folder": folder, "api": api, "shares": shares, "ready": ready},
     )
 
 
