@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from guestpass_speedups.session import Session, Stream
 
@@ -55,8 +55,9 @@ class Pool:
     def connecting(self) -> int: ...  # connections that are being made
     @property
     def closed(self) -> bool: ...
-    def __init__(self, name: str, *, host: bytes, origin: bytes, guarded: bool, limits: Limits) -> None: ...
+    def __init__(self, name: str, *, host: bytes, origin: bytes, guarded: bool, limits: Limits, loop: Any = None) -> None: ...
     #   host, origin: what the service is called in Host and Origin; empty: as the visitor calls it. guarded: ask `admits`.
+    #   loop: call_soon and call_later; by default of the loop that runs when the first stream comes.
     def admits(self, method: bytes, target: bytes) -> bool: ...  # to be overridden, as the next two
     def start_connecting(self) -> None: ...  # make one connection, then call one of the next two, once
     def note(self, code: int, text: str) -> None: ...  # why a stream is about to be reset with `code`

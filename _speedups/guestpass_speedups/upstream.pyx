@@ -926,9 +926,12 @@ class Connection(UpstreamConnection, asyncio.Protocol):
 cdef class Pool:
     """One service: its connections, the streams that use it or wait for it. Subclass it and say how to connect."""
 
-    def __init__(self, str name not None, *, bytes host not None, bytes origin not None, bint guarded, limits):
+    def __init__(self, str name not None, *, bytes host not None, bytes origin not None, bint guarded, limits,
+                 loop=None):
         """`host`, `origin`: what the service is called in Host and Origin; empty: as the visitor calls it. `guarded`:
-        `admits` is to be asked. `limits`: see gateway/upstream.py."""
+        `admits` is to be asked. `limits`: see gateway/upstream.py. `loop`: by default the
+        one that runs when the first stream comes."""
+        self.loop = loop
         self.name = name
         self.service = name.encode("ascii")
         self.host = host
