@@ -1,5 +1,5 @@
 # One command for each thing a developer does. Everything is installed into $(VENV); nothing else on the machine changes.
-#   make demo   make test   make test-apps   make check   make bench
+#   make demo   make test   make test-apps   make check   make bench-quick
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -15,7 +15,7 @@ SOURCES := $(shell find proxy _speedups plugins -type f ! -name '*.so' ! -name '
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-apps check format screenshots bench build clean
+.PHONY: help demo test test-apps check format screenshots bench bench-quick bench-smoke report build clean
 
 help:
 	@echo "make demo         share the bundled sample dashboard and print the link"
@@ -23,7 +23,9 @@ help:
 	@echo "make test-apps    Bokeh, JupyterLab and Streamlit through a tunnel, in a real browser (needs chromium)"
 	@echo "make check        formatting, lint, types, docs, duplicates, import directions"
 	@echo "make format       format the sources"
-	@echo "make bench        benchmarks of the tunnel's core"
+	@echo "make bench-quick  the main ratios to nginx, HAProxy and others, in about a minute"
+	@echo "make bench        all benchmarks, twenty minutes: benchmarks/report.md"
+	@echo "make bench-smoke  whether the benchmarks run; measures nothing"
 	@echo "make screenshots  renew the pictures in docs/screenshots (needs chromium)"
 	@echo "make build        sdist and wheel in dist/"
 
@@ -45,7 +47,7 @@ $(VENV)/extra-$(1): $(VENV)/installed
 	$(PIP) install "$$$$(echo dist/guestpass-*.whl)[$(1)]"
 	touch $$@
 endef
-$(foreach name,test apps check dev,$(eval $(call extra,$(name))))
+$(foreach name,test apps bench check dev,$(eval $(call extra,$(name))))
 
 demo: $(VENV)/installed
 	@$(BIN)/python examples/demo.py
@@ -71,8 +73,23 @@ format: $(VENV)/extra-check
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/extra-test
-	$(BIN)/python benchmarks/bench_session.py
+# Each writes benchmarks/results/NAME.json. Loopback, one machine: nothing else should run there.
+BENCHMARKS := micro/run system/throughput system/sockets system/grants system/start
+
+bench: $(VENV)/extra-bench
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(BENCHFLAGS); done
+	$(BIN)/python benchmarks/report.py
+
+bench-quick: $(VENV)/extra-bench
+	@$(BIN)/python benchmarks/quick.py $(BENCHFLAGS)
+
+bench-smoke: $(VENV)/extra-bench
+	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --smoke --results "$$folder"; done; \
+	$(BIN)/python benchmarks/report.py --results "$$folder" --report "$$folder/report.md"
+
+report: $(VENV)/extra-bench
+	$(BIN)/python benchmarks/report.py
 
 build: $(VENV)/extra-dev
 	$(BIN)/python -m build

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from processes import Missing, need, program
-from rounds import Series, Wrong, ratio
+from rounds import Series, Wrong, patience, ratio
 from targets import LABELS
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -65,6 +65,7 @@ def options(about: str | None, argv: Sequence[str] | None = None) -> Options:
     args = parser.parse_args(argv)
     raise_file_limit()
     if args.smoke:
+        patience.left = 0
         return Options(1, 1, True, args.lock, args.results)
     return Options(args.rounds, args.seconds, False, args.lock, args.results)
 

@@ -7,7 +7,7 @@ one. A run with any error is not counted; it is repeated (`TRIES`), and a target
 such.
 
 The machine is watched too: a run during which other processes had more than `MAX_OTHERS` of a processor is repeated,
-`BUSY_TRIES` times at most for a series; after that it counts, and the report says how much others had.
+`BUSY_TRIES` times at most for one load; after that it counts, and the report says how much others had.
 
 A ratio is the median of one over the median of the other; its spread, the lowest and highest of the rounds' own.
 """
@@ -41,8 +41,9 @@ TRIES = 3
 # Processors that others may have during a run: a desktop's background, not somebody's build.
 MAX_OTHERS = 0.15
 
-# Of runs on a busy machine, for all rounds of one load together.
-BUSY_TRIES = 20
+# Of runs on a busy machine: for all rounds of one load, and for the whole program.
+BUSY_TRIES = 10
+ALL_BUSY_TRIES = 60
 BUSY_PAUSE = 1.0
 
 CHECK_SECONDS = 1
@@ -55,6 +56,16 @@ TIMEOUT = "10s"
 
 # Threads of wrk. With one, the client never takes both processors from what is measured.
 THREADS = 1
+
+
+class Patience:
+    """How often this program still waits for a quiet machine."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+
+patience = Patience(ALL_BUSY_TRIES)
 
 
 class Wrong(Exception):
@@ -172,8 +183,9 @@ def compare(
                         into.errors.append(str(exc))
                         tries -= 1
                         continue
-                    if run.others > MAX_OTHERS and busy:
+                    if run.others > MAX_OTHERS and busy and patience.left:
                         busy -= 1
+                        patience.left -= 1
                         time.sleep(BUSY_PAUSE)
                         continue
                     into.runs.append(run)

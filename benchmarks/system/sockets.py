@@ -54,12 +54,23 @@ def headers(target: Target) -> list[str]:
     return [part for name, value in fields.items() for part in ("--header", f"{name}: {value}")]
 
 
-def messages(chosen: Options, targets: list[Target], details: dict[str, Any]) -> list[dict[str, Any]]:
+def messages(
+    chosen: Options, targets: list[Target], details: dict[str, Any], *, say: bool = True
+) -> list[dict[str, Any]]:
+    """Rates and p99 of the first target against each of the others. Raises Wrong."""
     rounds: dict[str, list[dict[str, Any]]] = {target.name: [] for target in targets}
     with quiet(chosen.lock):
         for _ in range(chosen.rounds):
             for target in targets:
-                rounds[target.name].append(one_round(chosen, target))
+                one = one_round(chosen, target)
+                rounds[target.name].append(one)
+                if say:
+                    print(
+                        f"  WebSocket echo, {CONNECTIONS} connections   {LABELS[target.name]:26} "
+                        f"{one['rate']:>9,.0f}/s  p50 {one['p50']:>7,.0f}  p99 {one['p99']:>7,.0f} µs",
+                        file=sys.stderr,
+                        flush=True,
+                    )
     details["messages"] = rounds
     ours = rounds["guestpass"]
     figures = []
@@ -99,11 +110,6 @@ def one_round(chosen: Options, target: Target) -> dict[str, Any]:
                 for process in target.processes
             }
             if not found["wrong"] and not found["lost"] and found["messages"]:
-                print(
-                    f"  WebSocket echo {LABELS[target.name]:26} {found['rate']:>9,.0f}/s  "
-                    f"p50 {found['p50']:,.0f} p99 {found['p99']:,.0f} µs",
-                    file=sys.stderr,
-                )
                 return found
             error = f"{found['wrong']} wrong, {found['lost']} lost of {found['messages']} messages"
         else:
