@@ -85,11 +85,11 @@ cdef class UpstreamConnection:
     cdef int _no_response(self, str text) except -1
     cdef int _broken(self, str text) except -1
     cdef int _end(self) except -1
-    cdef int _received(self, bytes data) except -1
-    cdef Py_ssize_t _read_head(self, bytes data, Py_ssize_t at) except -1
+    cdef int _received(self, const unsigned char *data, Py_ssize_t size) except -1
+    cdef Py_ssize_t _read_head(self, const unsigned char *data, Py_ssize_t size, Py_ssize_t at) except -1
     cdef int _final_head(self, const unsigned char *head, uint16_t status) except -1
-    cdef int _read_length(self, bytes data, Py_ssize_t at) except -1
-    cdef int _read_chunks(self, bytes data, Py_ssize_t at) except -1
+    cdef int _read_length(self, const unsigned char *data, Py_ssize_t size) except -1
+    cdef int _read_chunks(self, const unsigned char *data, Py_ssize_t size, Py_ssize_t at) except -1
     cdef int _pass_on(self, bytes data, bint fin) except -1
     cdef int _finish(self, bint reusable) except -1
 
@@ -107,6 +107,8 @@ cdef class Pool:
     cdef bint guarded                       # there are rules: ask `admits`
     cdef bint ticking
     cdef readonly bint closed
+    cdef bytearray buffer
+    cdef object view
     cdef object loop
     cdef double response
     cdef double idle

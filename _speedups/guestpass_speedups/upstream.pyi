@@ -39,7 +39,7 @@ class UpstreamConnection:
     def __init__(self, pool: Pool, *, half_close: bool = True) -> None: ...  # half_close: False with TLS
     def close(self) -> None: ...
 
-class Connection(UpstreamConnection, asyncio.Protocol):
+class Connection(UpstreamConnection, asyncio.BufferedProtocol):
     """One connection to a service, read and written by one exchange at a time."""
 
 class Pool:

@@ -6,7 +6,7 @@ Theory of operation
 
     OPEN ──▶ UpstreamSession ──▶ UpstreamStream.begin ─ scanned, checked, rewritten ─▶ Pool.take ──┬─▶ service
     DATA ──▶ UpstreamStream.on_data ─ framed ─▶ UpstreamConnection.queue ─ one write per turn ─────┘
-    HEAD, DATA ◀── Stream.send ◀── UpstreamConnection.data_received ─ strict scanner ◀──────────────── service
+    HEAD, DATA ◀── Stream.send ◀── UpstreamConnection.buffer_updated ─ strict scanner ◀─────────────── service
 
 There is no task, no queue and no Python object per header field. A request without a body is written to a pooled
 connection from within the tunnel's reading; a response is passed on from within the service's reading. Python runs
@@ -45,6 +45,7 @@ import asyncio
 import select
 from collections import OrderedDict
 
+from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
@@ -109,6 +110,9 @@ cdef enum:
     ROOM = 65536
     # Pieces of a request are joined up to this size; above, copying costs more than a vector of buffers.
     JOIN = 8192
+    # What one read brings at most. All connections of a service share the buffer: it is emptied before the loop's next
+    # callback. A piece of body of this size is no burden to malloc; one of 128 KiB or more is mapped and faulted in.
+    READ = 65536
     # Turns of the loop before a write of body when the kernel has something to read: one to see it, one to read it.
     LOOKS = 2
 
@@ -493,8 +497,11 @@ cdef class UpstreamConnection:
         self.transport = transport
         self.write = transport.write
 
-    def data_received(self, data):
-        self._received(data if type(data) is bytes else bytes(data))
+    def get_buffer(self, sizehint):
+        return self.pool.view
+
+    def buffer_updated(self, Py_ssize_t size):
+        self._received(<const unsigned char *> PyByteArray_AS_STRING(self.pool.buffer), size)
 
     def eof_received(self):
         self.ended = True
@@ -709,9 +716,11 @@ cdef class UpstreamConnection:
                 self.close_()
         return 0
 
-    cdef int _received(self, bytes data) except -1:
+    cdef int _received(self, const unsigned char *data, Py_ssize_t size) except -1:
+        """What was read; `data` is good until this returns."""
         cdef Py_ssize_t at = 0
         cdef UpstreamStream stream = self.stream
+        cdef bytes whole
         if stream is None:
             return self.close_()            # nobody asked
         if stream.phase == P_OVER:
@@ -719,30 +728,31 @@ cdef class UpstreamConnection:
         if self.state == R_HEAD:
             self.begun = True
             if self.partial is not None:
-                data = self.partial + data
+                whole = self.partial + PyBytes_FromStringAndSize(<const char *> data, size)
                 self.partial = None
+                data = <const unsigned char *> PyBytes_AS_STRING(whole)
+                size = PyBytes_GET_SIZE(whole)
             while self.state == R_HEAD:
-                at = self._read_head(data, at)
+                at = self._read_head(data, size, at)
                 if at < 0:
                     return 0
             if self.state == R_NOTHING:
-                return self._finish(at == PyBytes_GET_SIZE(data))
-            if at == PyBytes_GET_SIZE(data):
+                return self._finish(at == size)
+            if at == size:
                 return 0
         if self.state == R_LENGTH:
-            return self._read_length(data, at)
+            return self._read_length(data + at, size - at)
         if self.state == R_CHUNKS:
-            return self._read_chunks(data, at)
+            return self._read_chunks(data, size, at)
         if self.state == R_UNTIL_CLOSE or self.state == R_OPAQUE:
-            return self._pass_on(data[at:] if at else data, False)
+            return self._pass_on(PyBytes_FromStringAndSize(<const char *> data + at, size - at), False)
         return 0
 
-    cdef Py_ssize_t _read_head(self, bytes data, Py_ssize_t at) except -1:
+    cdef Py_ssize_t _read_head(self, const unsigned char *data, Py_ssize_t size, Py_ssize_t at) except -1:
         """Where the head that begins at `at` ends; -2 when that is not to be known yet, or any more."""
         global used, full
         cdef UpstreamStream stream = self.stream
-        cdef const unsigned char *head = <const unsigned char *> PyBytes_AS_STRING(data) + at
-        cdef Py_ssize_t size = PyBytes_GET_SIZE(data) - at
+        cdef const unsigned char *head = data + at
         cdef ResponseHead *response = &RESPONSE
         cdef Fields *fields = &response.fields
         cdef Field *field
@@ -753,11 +763,11 @@ cdef class UpstreamConnection:
         cdef Py_ssize_t skip
         cdef int result
         cdef uint16_t status
-        if size == 0:
+        if size == at:
             return -2
-        result = scan_response(head, size, response, &self.searched, TO_HEAD if stream.to_head else 0)
+        result = scan_response(head, size - at, response, &self.searched, TO_HEAD if stream.to_head else 0)
         if result == 0:
-            self.partial = data[at:] if at else data
+            self.partial = PyBytes_FromStringAndSize(<const char *> head, size - at)
             return -2
         if result < 0:
             stream.fault(BAD_UPSTREAM, reason_of(result).decode("ascii"))
@@ -842,22 +852,19 @@ cdef class UpstreamConnection:
             stream.stopped = True           # the rest of the body is not wanted (RFC 9112, 9.5)
         return 0
 
-    cdef int _read_length(self, bytes data, Py_ssize_t at) except -1:
-        cdef Py_ssize_t size = PyBytes_GET_SIZE(data) - at
+    cdef int _read_length(self, const unsigned char *data, Py_ssize_t size) except -1:
         cdef Py_ssize_t take = size
+        cdef bytes body
         if <uint64_t> size > self.left:
             take = <Py_ssize_t> self.left
         self.left -= <uint64_t> take
-        if at or take != size:
-            data = PyBytes_FromStringAndSize(PyBytes_AS_STRING(data) + at, take)
+        body = PyBytes_FromStringAndSize(<const char *> data, take)
         if self.left:
-            return self._pass_on(data, False)
-        self.stream.send_bytes(data, True)
+            return self._pass_on(body, False)
+        self.stream.send_bytes(body, True)
         return self._finish(take == size)
 
-    cdef int _read_chunks(self, bytes data, Py_ssize_t at) except -1:
-        cdef const unsigned char *start = <const unsigned char *> PyBytes_AS_STRING(data)
-        cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
+    cdef int _read_chunks(self, const unsigned char *data, Py_ssize_t size, Py_ssize_t at) except -1:
         cdef UpstreamStream stream = self.stream
         cdef PyObject *made = NULL
         cdef Py_ssize_t have = 0
@@ -866,15 +873,15 @@ cdef class UpstreamConnection:
         cdef bytes part
         cdef int event
         while True:
-            event = next_chunk(&self.body, start, size, &at, &piece)
+            event = next_chunk(&self.body, data, size, &at, &piece)
             if event == CHUNK_DATA:
                 # All chunks of one read become one piece: applications write few bytes at a time.
                 if made == NULL:
                     made = new_bytes(NULL, size - <Py_ssize_t> piece.at)
-                memcpy(PyBytes_AS_STRING(<bytes> made) + have, start + piece.at, piece.size)
+                memcpy(PyBytes_AS_STRING(<bytes> made) + have, data + piece.at, piece.size)
                 have += piece.size
             elif event == CHUNK_TRAILER:
-                part = PyBytes_FromStringAndSize(<const char *> start + piece.at, piece.size)
+                part = PyBytes_FromStringAndSize(<const char *> data + piece.at, piece.size)
                 self.trailers = part if self.trailers is None else self.trailers + part
             else:
                 break
@@ -913,7 +920,7 @@ cdef class UpstreamConnection:
         return self.close_()
 
 
-class Connection(UpstreamConnection, asyncio.Protocol):
+class Connection(UpstreamConnection, asyncio.BufferedProtocol):
     """`UpstreamConnection` as event loops know protocols."""
 
     __slots__ = ()
@@ -932,6 +939,8 @@ cdef class Pool:
         `admits` is to be asked. `limits`: see gateway/upstream.py. `loop`: by default the
         one that runs when the first stream comes."""
         self.loop = loop
+        self.buffer = bytearray(READ)
+        self.view = memoryview(self.buffer)
         self.name = name
         self.service = name.encode("ascii")
         self.host = host

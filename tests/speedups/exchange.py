@@ -54,6 +54,7 @@ class Transport:
         self.aborted = False
         self.eof = False
         self.lost = False
+        self.unread = b""
 
     @property
     def written(self) -> bytes:
@@ -95,6 +96,12 @@ class Transport:
     def resume_reading(self) -> None:
         assert not self.reading
         self.reading = True
+        self.loop.call_soon(self.read_on)
+
+    def read_on(self) -> None:
+        data, self.unread = self.unread, b""
+        if data and not self.closed:
+            self.say(data)
 
     def close(self) -> None:
         if not self.closed:
@@ -114,7 +121,15 @@ class Transport:
         """Bytes from the service, unless the connection is closed."""
         assert self.reading, "the protocol has asked for a pause"
         if not self.closed:
-            self.protocol.data_received(data)
+            buffer = self.protocol.get_buffer(-1)
+            while data:
+                size = min(len(data), len(buffer))
+                buffer[:size] = data[:size]
+                data = data[size:]
+                self.protocol.buffer_updated(size)
+                if self.closed or not self.reading:
+                    self.unread += data
+                    return
 
     def hang_up(self) -> None:
         if not self.closed and not self.protocol.eof_received():
