@@ -170,8 +170,12 @@ def test_unknown_keys_of_the_gateway(write, text, says):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('listen = ["http://0.0.0.0:80"]', "is plain HTTP on an address that is not loopback"),
+        ('listen = ["http://0.0.0.0:80"]', 'or set insecure = true (key "edge.listen")'),
         ('listen = ["https://0.0.0.0:443"]', "https://0.0.0.0:443 needs tls"),
+        (
+            'state = "postgresql://db"',
+            'this version stores in SQLite only: sqlite:///PATH (key "edge.state")',
+        ),
         ('listen = ["tcp://127.0.0.1:1"]', "is not of the form http://HOST:PORT"),
         ('listen = ["http://127.0.0.1:99999"]', "Port out of range"),
         ('listen = "http://127.0.0.1:1"', 'Input should be a list (key "edge.listen")'),
@@ -180,8 +184,7 @@ def test_unknown_keys_of_the_gateway(write, text, says):
         ('share_domain = "*.example.com"', "write it without the '*'"),
         ('share_domain = "example.com:x"', "is not of the form DOMAIN or DOMAIN:PORT"),
         ('admin_listen = "127.0.0.1"', "is not of the form HOST:PORT"),
-        ("workers = 2", "workers: this version runs one worker"),
-        ('state = "postgresql://h/d"', "this version stores in SQLite only"),
+        ("workers = 2", 'this version runs one worker; set workers = 1 (key "edge.workers")'),
         ("drain_seconds = -1", 'Input should be greater than or equal to 0 (key "edge.drain_seconds")'),
         ('trusted_proxies = ["10.0.0.1/8"]', 'has host bits set (key "edge.trusted_proxies.0")'),
         ('api_key = "plain"', '(key "edge.api_key")'),

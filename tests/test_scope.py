@@ -95,6 +95,10 @@ def test_what_a_rule_admits(rule, method, target, admitted):
         "/x%00",
         "/x;y",
         "/x\\y",
+        "/x/%c0%ae%C0%AE/y",
+        "/x%c1%9cy",
+        "/x%e0%80%afy",
+        "/x%F0%80%80%afy",
     ],
 )
 def test_ambiguous_paths_are_refused_under_any_limit(path):
@@ -103,7 +107,19 @@ def test_ambiguous_paths_are_refused_under_any_limit(path):
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/x", "/x/", "/.well-known/x", "/a..b", "/...", "/x%20y", "/x?a=//..", "/~u/@v"]
+    "path",
+    [
+        "/",
+        "/x",
+        "/x/",
+        "/.well-known/x",
+        "/a..b",
+        "/...",
+        "/x%20y",
+        "/x?a=//..",
+        "/~u/@v",
+        "/%C3%A9%e0%a4%85%F0%9F%99%82",
+    ],
 )
 def test_plain_paths_are_not(path):
     assert not ambiguous(path.partition("?")[0])

@@ -23,6 +23,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     model_validator,
 )
@@ -63,6 +64,13 @@ class Secret(_Section):
         if (self.env is None) == (self.file is None):
             raise ValueError('a secret is either { env = "NAME" } or { file = "path" }')
         return self
+
+    def of(self, file: Path, key: str) -> str:
+        """`read` for a key of `file`, which the error names. Raises ConfigError."""
+        try:
+            return self.read(file.parent)
+        except ConfigError as exc:
+            raise ConfigError(f'{file}: {exc.message} (key "{key}")', hint=exc.hint) from exc
 
     def read(self, base: Path) -> str:
         """The secret's text, stripped. Raises ConfigError."""
@@ -167,10 +175,10 @@ class EdgeSection(_Section):
         for url in self.listen:
             parts = urlsplit(url)
             if parts.scheme == "https" and self.tls is None:
-                raise ValueError(f"{url} needs tls = {{ cert = …, key = … }}")
+                raise ValueError(f"listen: {url} needs tls = {{ cert = …, key = … }}")
             if parts.scheme == "http" and not self.insecure and not is_loopback(parts.hostname or ""):
                 raise ValueError(
-                    f"{url} is plain HTTP on an address that is not loopback: "
+                    f"listen: {url} is plain HTTP on an address that is not loopback: "
                     "use https, or set insecure = true"
                 )
         if self.workers != 1:
@@ -198,6 +206,25 @@ class PluginSection(BaseModel):
 
     use: str
     name: str = ""
+    # Where it stands for a section of another name: that name, and how the settings are called there.
+    _stands_for: str = PrivateAttr("")
+    _keys: Mapping[str, str] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def standing_for(cls, name: str, keys: Mapping[str, str], use: str, **settings: Any) -> PluginSection:
+        """One that was made from the section `name`: errors name what the operator wrote."""
+        section = cls(use=use, **settings)
+        section._stands_for, section._keys = name, keys
+        return section
+
+    def where(self, kind: str, position: int) -> str:
+        """How an error names it."""
+        return self._stands_for or f'[[{kind}]] number {position} (use = "{self.use}")'
+
+    def in_its_words(self, fault: str) -> str:
+        for ours, theirs in self._keys.items():
+            fault = fault.replace(f'(key "{ours}")', f'(key "{theirs}")')
+        return fault
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -355,6 +382,10 @@ def first_fault(exc: ValidationError, model: type[BaseModel]) -> str:
         near = nearest(str(where[-1]), given)
         return _unknown([*where[:-1], near], model) if near else f'the key "{_dotted(where)}" is missing'
     message = fault["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+    # A fault of a whole section may begin with the key that it is about.
+    key, colon, rest = message.partition(": ")
+    if colon and key in known_keys(model, where):
+        where, message = [*where, key], rest
     return f'{message} (key "{_dotted(where)}")' if where else message
 
 

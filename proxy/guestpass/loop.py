@@ -13,6 +13,7 @@ import importlib
 import socket
 import ssl as ssl_module
 import struct
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -31,6 +32,10 @@ TLS_HANDSHAKE_TIMEOUT = 15.0
 TLS_SHUTDOWN_TIMEOUT = 2.0
 
 _LINGER_ZERO = struct.pack("ii", 1, 0)
+
+if sys.platform != "win32":
+    import fcntl
+    import termios
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
@@ -110,3 +115,16 @@ def abort_now(transport: asyncio.WriteTransport) -> None:
         with contextlib.suppress(OSError):  # closed already
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
     transport.abort()
+
+
+def unsent(transport: asyncio.WriteTransport) -> int:
+    """How many bytes that were written have not reached the peer's kernel: in the process, and in our kernel (Linux,
+    tcp(7): SIOCOUTQ). 0 when the connection is gone."""
+    waiting = transport.get_write_buffer_size()
+    sock = transport.get_extra_info("socket")
+    if sock is None or sys.platform == "win32":
+        return waiting
+    try:
+        return waiting + int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except (OSError, ValueError):  # closed already
+        return 0

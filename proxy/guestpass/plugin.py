@@ -302,6 +302,9 @@ class SignIn:
     is_invited: Callable[[str], Awaitable[bool]]
     """Whether this address may open the share (or has any, where `share` is None). Never let the visitor see
     the difference, nor feel it: do not wait for it before you answer."""
+    link: str = ""
+    """Which mailed link it began at; empty when it began elsewhere. Whoever has the link was sent it, or was handed it
+    on: what is counted for an address may be counted apart for them, so that strangers cannot use it up."""
 
 
 class Authenticator(Plugin):

@@ -20,8 +20,10 @@ MAX_PATTERN = 1024
 METHOD = re.compile(r"[A-Z][A-Z-]{0,31}|\*")
 
 # What servers disagree on: encoded dots, slashes, backslashes, percent signs and NULs, path parameters, empty and dot
-# segments, backslashes.
-AMBIGUOUS = re.compile(r"%2e|%2f|%5c|%25|%00|[;\\]|//|(?:^|/)\.\.?(?:/|$)", re.IGNORECASE)
+# segments, backslashes; and what only a decoder that takes overlong UTF-8 would read as one of these.
+AMBIGUOUS = re.compile(
+    r"%2e|%2f|%5c|%25|%00|%c[01]|%e0%[89]|%f0%8|[;\\]|//|(?:^|/)\.\.?(?:/|$)", re.IGNORECASE
+)
 
 
 def ambiguous(path: str) -> bool:

@@ -135,6 +135,31 @@ def test_bad_configurations(guestpass, edge_toml, was, becomes, code, says):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ('smtp = "smtp://h"\nfrom = "x"', '(key "mail.from")'),
+        ('smtp = "http://h"\nfrom = "a@example.org"', "[mail]: the mail server is not of the form smtp://"),
+        ('smtp = "smtp://u@h"\nfrom = "a@example.org"\npassword = { env = "NOPE" }', '(key "mail.password")'),
+    ],
+)
+def test_bad_mail(guestpass, edge_toml, lines, says):
+    edge_toml.write_text(edge_toml.read_text() + f"[mail]\n{lines}\n")
+    result = guestpass("edge", "--config", str(edge_toml), "--json")
+    assert (result.status, result.code) == (2, "config_invalid")
+    message = result.json["error"]["message"]
+    assert message.startswith(f"{edge_toml}: ")
+    assert says in message
+    assert "notify" not in message
+
+
+def test_a_secret_that_is_not_there(guestpass, edge_toml):
+    edge_toml.write_text(edge_toml.read_text() + 'api_key = { file = "absent" }\n')
+    message = guestpass("edge", "--config", str(edge_toml), "--json").json["error"]["message"]
+    assert message.startswith(f"{edge_toml}: ")
+    assert '(key "edge.api_key")' in message
+
+
 def test_a_plugin_in_the_wrong_section(guestpass, edge_toml):
     edge_toml.write_text(edge_toml.read_text() + '[[revoke]]\nuse = "email-code"\n')
     result = guestpass("edge", "--config", str(edge_toml), "--json")

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from support.people import ALICE, BOB, MALLORY, Browser, People, people
+from support.people import ALICE, BOB, MALLORY, Answer, Browser, People, people
 
 from guestpass.edge.admission import START_PATH
 from guestpass.model import Revocation, SessionKind
@@ -49,6 +49,34 @@ async def test_from_the_link_to_the_page(edge: People) -> None:
     found = (await edge.service.get(share.id)).recipient(ALICE)
     assert found is not None
     assert found.first_opened is not None
+
+
+async def test_strangers_who_know_an_address_cannot_keep_its_owner_out(edge: People) -> None:
+    share, links = await edge.share()
+
+    async def ask(browser: Browser, page: Answer) -> Answer:
+        return await browser.follow(await browser.submit(await browser.follow(page), email=ALICE))
+
+    for _ in range(4):
+        stranger = edge.browser(**{"X-Test-Client": "198.51.100.1"})
+        page = await ask(stranger, await stranger.get(f"{origin_of(edge, share.id)}{START_PATH}?via=x"))
+    assert "Too many codes" in page.words
+    edge.mail.clear()
+    browser = edge.browser()
+    started = await browser.submit(await browser.get(links[ALICE]))
+    assert "/.guestpass/start?via=" in started.location
+    page = await ask(browser, started)
+    assert "is on its way" in page.words
+    page = await browser.follow(await browser.submit(page, code=await edge.code()))
+    assert page.text.startswith("application:")
+
+    # The code by which the share's origin hears of the link works once, and is good for nothing else.
+    again = await ask(stranger := edge.browser(), await stranger.get(started.location))
+    assert "Too many codes" in again.words
+    fresh = (await browser.submit(await edge.browser().get(links[ALICE]))).location.partition("via=")[2]
+    assert (await browser.get(f"{edge.main}/signin/{fresh}")).status == 410
+    finish = await edge.browser().get(f"{origin_of(edge, share.id)}/.guestpass/finish?code={fresh}")
+    assert finish.status == 400
 
 
 async def test_a_page_that_was_asked_for_comes_back(edge: People) -> None:

@@ -140,6 +140,35 @@ def test_move_changes_the_gateway_that_ends_it(table: GrantTable) -> None:
     assert table.revoke(Revocation("x", gateway=("plant", "g2"))).streams == 1
 
 
+class Rest:
+    """The end of a response."""
+
+    def __init__(self, grant: Grant, *, sent: bool = False) -> None:
+        self.grant = grant
+        self.sent = sent
+        self.asked = 0
+        grant.tails[self] = self
+
+    def cut(self) -> bool:
+        self.asked += 1
+        return not self.sent
+
+
+def test_what_is_still_on_its_way_is_cut(table: GrantTable) -> None:
+    grant, other = make(1), make(2)
+    with_stream(table, grant)
+    table.add(other, table.generation)
+    rest, sent, others = Rest(grant), Rest(grant, sent=True), Rest(other)
+    again = make(1)
+    table.add(again, table.generation)
+    assert rest.grant is again, "a grant that is made again takes them over"
+    assert table.revoke(Revocation("x", session_id=grant.session.id)).streams == 2
+    assert (rest.asked, sent.asked, others.asked) == (1, 1, 0)
+    assert not again.tails
+    assert table.end_all("edge_stopping", tails=False) == 0
+    assert others.asked == 0, "a drain lets it arrive"
+
+
 async def test_expiry_ends_live_streams_without_a_request(clock: Clock, table: GrantTable) -> None:
     grant = make(1, expires=clock.now + 0.05)
     stream = with_stream(table, grant)
@@ -149,6 +178,27 @@ async def test_expiry_ends_live_streams_without_a_request(clock: Clock, table: G
             await asyncio.sleep(0.01)
     assert stream.ended == ["expired"]
     assert len(table) == 0
+
+
+async def test_a_share_that_was_prolonged_goes_on(clock: Clock, table: GrantTable) -> None:
+    grant, other = make(1, expires=clock.now + 0.02), make(2, expires=clock.now + 3600)
+    stream, _ = with_stream(table, grant), with_stream(table, other)
+    generation = table.generation
+    share = dataclasses.replace(grant.share, name="new", expires=clock.now + 0.1)
+    session = dataclasses.replace(grant.session, expires=None)
+    table.renew(share, {session.id: session})
+    clock.now += 0.05
+    await asyncio.sleep(0.05)
+    assert not stream.ended
+    assert find(table, grant) is grant
+    assert (grant.share.name, grant.expires) == ("new", share.expires)
+    assert other.share.name != "new", "not among the live sessions"
+    assert not table.add(make(3), generation), "who asked before heard of the share as it was"
+    clock.now += 1
+    async with asyncio.timeout(5):
+        while not stream.ended:
+            await asyncio.sleep(0.01)
+    assert stream.ended == ["expired"]
 
 
 async def test_a_clock_that_was_set_back_only_delays_expiry(clock: Clock, table: GrantTable) -> None:

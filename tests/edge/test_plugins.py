@@ -458,6 +458,15 @@ async def test_a_filter_refuses_or_fails() -> None:
         await with_filters("nonsense").on_request(REQUEST)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("x", "1\r\nX-Guestpass-Email: eve@example.org"), ("x: y\r\nz", "1"), ("", "1"), ("x", "\u2028")],
+)
+async def test_what_a_filter_adds_brings_no_further_fields(name: str, value: str) -> None:
+    with pytest.raises(PluginFailed):
+        await with_filters(Edits(add=((name, value),))).on_request(REQUEST)
+
+
 # ── authenticators ───────────────────────────────────────────────────────────────────────────────────────────────
 
 

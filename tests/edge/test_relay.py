@@ -24,7 +24,9 @@ import pytest
 from aiohttp import WSMsgType, web
 from support.stack import EMAIL, RawServer, Stack, read_head, running
 
+from guestpass.edge.plugins import PluginSet
 from guestpass.model import Revocation
+from guestpass.plugin import RequestContext
 
 MB = 1 << 20
 
@@ -438,6 +440,54 @@ async def test_nothing_leaves_the_kernel_after_the_deletion_is_answered(stack: S
     writer.transport.abort()
 
 
+@pytest.mark.parametrize("closing", [False, True], ids=["kept", "to be closed"])
+async def test_a_response_is_over_when_the_visitor_has_it(stack: Stack, *, closing: bool) -> None:
+    """A response that the edge has written to its end waits in the kernel for a slow reader: that is a live stream."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", stack.port, limit=1024)
+    writer.write(stack.head("GET", "/big?mb=2&length=1", *(["Connection: close"] if closing else [])))
+    await reader.readexactly(1024)
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    tunnel = stack.edge.tunnels
+    await stack.until(lambda: not tunnel.streams, "the application's answer is complete")
+    await asyncio.sleep(0.2)
+    assert (await stack.edge.service.delete(stack.share_id)).streams == 1
+    with socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as visitor:
+        visitor.setblocking(False)
+        waiting = array.array("i", [0])
+        fcntl.ioctl(visitor, termios.FIONREAD, waiting)
+        received = 0
+        with pytest.raises(ConnectionResetError):  # noqa: PT012
+            while part := visitor.recv(65536):
+                received += len(part)
+    assert received <= waiting[0]
+    writer.transport.abort()
+
+
+async def test_the_last_bytes_of_a_response_can_be_cut(stack: Stack) -> None:
+    """Less than what holds up the connection's next request is watched all the same."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    sock.connect(("127.0.0.1", stack.port))
+    with sock:
+        sock.sendall(stack.head("GET", "/" + "a" * 6000, "X: " + "a" * 6000, "Y: " + "a" * 6000))
+        await stack.until(lambda: not stack.edge.grants.all_streams, "answered")
+        await asyncio.sleep(0.2)
+        ended = await stack.edge.service.delete(stack.share_id)
+        assert ended.streams == 1
+        sock.settimeout(5)
+        with pytest.raises(ConnectionResetError):  # noqa: PT012
+            while sock.recv(1 << 20):
+                pass
+
+
+async def test_nothing_is_watched_once_the_visitor_has_it(stack: Stack) -> None:
+    for _ in range(3):
+        assert (await stack.get("/big?mb=1")).status == 200
+    (grant,) = stack.edge.grants._by_digest.values()
+    await stack.until(lambda: not grant.tails, "all is acknowledged")
+    assert (await stack.edge.service.delete(stack.share_id)).streams == 0
+
+
 async def test_expiry_ends_a_live_stream(stack: Stack) -> None:
     share = await stack.new_share(expires=time.time() + 1)
     headers = {
@@ -450,6 +500,41 @@ async def test_expiry_ends_a_live_stream(stack: Stack) -> None:
         assert (await ws.receive(timeout=5)).type is not WSMsgType.TEXT
     async with stack.session.get(stack.url("/"), headers=headers) as response:
         assert response.status == 410
+
+
+async def test_a_prolonged_share_keeps_what_is_open(stack: Stack) -> None:
+    share = await stack.new_share(expires=time.time() + 1.5)
+    token = await stack.new_token(share)
+    headers = {"Host": f"{share}.localhost:{stack.port}", "Authorization": f"Bearer {token}"}
+    async with stack.session.ws_connect(stack.url("/echo"), headers=headers) as ws:
+        await ws.send_str("a")
+        assert await ws.receive_str() == "a!"
+        updated = await stack.edge.service.update(share, expires=time.time() + 3600)
+        assert updated.revoked.streams == 0
+        await asyncio.sleep(1.6)  # past the end that it had
+        await ws.send_str("b")
+        assert (await ws.receive(timeout=5)).data == "b!"
+
+
+async def test_a_revocation_while_the_filters_look_is_not_taken_for_the_shares_end(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was revoked may be the gateway, or the share as it was before a change."""
+    asked = 0
+
+    async def on_request(plugins: PluginSet, request: RequestContext) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            stack.edge.grants.revoke(Revocation("share_updated", share_id=stack.share_id))
+        elif asked == 3:
+            await stack.edge.service.delete(stack.share_id)
+
+    monkeypatch.setattr(PluginSet, "filters", [None])
+    monkeypatch.setattr(PluginSet, "on_request", on_request)
+    assert (await stack.get("/")).status == 200
+    assert asked == 2
+    assert (await stack.get("/")).status == 410
 
 
 async def test_a_visitor_that_leaves_ends_the_work(app: web.AppRunner, stack: Stack) -> None:

@@ -47,10 +47,14 @@ async def way(edge: People) -> EmailCode:
 class Visitor:
     """One flow."""
 
-    def __init__(self, edge: People, way: EmailCode, flow: str = "f1", client: str = "192.0.2.1") -> None:
+    def __init__(
+        self, edge: People, way: EmailCode, flow: str = "f1", client: str = "192.0.2.1", link: str = ""
+    ) -> None:
         self._way = way
         self.asked: list[str] = []
-        self.sign_in = SignIn(flow, None, Client(client), {}, "http://x/callback/email-code", self.is_invited)
+        self.sign_in = SignIn(
+            flow, None, Client(client), {}, "http://x/callback/email-code", self.is_invited, link
+        )
 
     async def is_invited(self, email: str) -> bool:
         self.asked.append(email)
@@ -304,6 +308,20 @@ async def test_three_codes_an_hour_for_an_address(
     assert len(edge.mail) == (CODES_PER_ADDRESS if email == ALICE else 0)
     clock.at += 3601
     assert not (await Visitor(edge, way, "f10").send(email=email)).error
+
+
+@pytest.mark.parametrize("email", [ALICE, MALLORY])
+async def test_strangers_cannot_use_up_the_codes_of_who_has_a_link(
+    edge: People, way: EmailCode, email: str
+) -> None:
+    for number in range(CODES_PER_ADDRESS + 1):
+        form = await Visitor(edge, way, f"f{number}", "198.51.100.1").send(email=email)
+    assert "begin with the link in your invitation" in form.error
+    for number in range(CODES_PER_ADDRESS):
+        form = await Visitor(edge, way, f"g{number}", link="d1").send(email=email)
+        assert not form.error
+    assert (await Visitor(edge, way, "g9", link="d1").send(email=email)).error
+    assert not (await Visitor(edge, way, "h1", link="d2").send(email=email)).error
 
 
 async def test_a_refused_resend_leaves_the_last_code_good(edge: People, way: EmailCode) -> None:

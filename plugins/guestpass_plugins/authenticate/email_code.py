@@ -11,9 +11,11 @@ What an outsider learns must not depend on who is invited, so:
 
 Guessing: a code is one of 10⁸, lives ten minutes, belongs to one flow (so that nobody can use up another
 person's tries) and allows five tries; an address gets at most three codes an hour. That is 15 tries an hour
-for one address however many flows are used: 3.6 in a million a day. All counters are added to before the
-comparison, atomically, so parallel guesses gain nothing. Of a code only a keyed hash is stored, with a key
-that is not in the store: of 10⁸ a plain hash would be no secret to who reads a backup.
+for one address however many flows are used: 3.6 in a million a day. Who began with a mailed link has three
+codes an hour of that link's own: else anybody who knows an address could ask for its codes and so keep its
+owner out. All counters are added to before the comparison, atomically, so parallel guesses gain nothing. Of a
+code only a keyed hash is stored, with a key that is not in the store: of 10⁸ a plain hash would be no secret
+to who reads a backup.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ from pydantic import Field as Setting
 from guestpass.plugin import (
     Action,
     Authenticator,
-    Client,
     Denied,
     Event,
     Field,
@@ -63,7 +64,10 @@ REQUESTS_PER_CLIENT = 60
 SEPARATORS = re.compile(r"[\s\u200b\u2060\ufeff\-\u2010-\u2015\u2212.]+")
 
 WRONG_CODE = "That code is not right, or it is too old. Check the newest mail that you have."
-TOO_MANY_CODES = "Too many codes were asked for. Use the newest one that you have, or try again in an hour."
+TOO_MANY_CODES = (
+    "Too many codes were asked for. Use the newest one that you have, begin with the link in your invitation, "
+    "or try again in an hour."
+)
 START_AGAIN = "That were too many tries. Start again to get a new code."
 
 
@@ -102,23 +106,26 @@ class EmailCode(Authenticator):
             email = canonical_address(typed.strip())
         except InvalidEmail as exc:
             return self._ask_address(typed[:320], f"{exc.message.rstrip('.')}. {exc.hint}".strip())
-        if not await self._may_ask(sign_in.client, email):
+        if not await self._may_ask(sign_in, email):
             return self._ask_address(email, TOO_MANY_CODES)
         self._send_code(sign_in, email)
         return self._ask_code(email)
 
     async def _send_again(self, sign_in: SignIn, email: str) -> Step:
-        if not await self._may_ask(sign_in.client, email):
+        if not await self._may_ask(sign_in, email):
             return self._ask_code(email, TOO_MANY_CODES)  # the code that is out stays good
         self._send_code(sign_in, email)
         return self._ask_code(email, again=True)
 
-    async def _may_ask(self, client: Client, email: str) -> bool:
+    async def _may_ask(self, sign_in: SignIn, email: str) -> bool:
         """Count a request for a code; the same for every address."""
-        by_client = await self.host.storage.add(f"client:{self._count_as(client.network)}", ttl=HOUR)
+        network = self._count_as(sign_in.client.network)
+        by_client = await self.host.storage.add(f"client:{network}", ttl=HOUR)
         if by_client > self.config.requests_per_client:
             return False
-        by_address = await self.host.storage.add(f"address:{self._count_as(email)}", ttl=HOUR)
+        # By link *and* address, whichever is typed: what is left does not tell whose link it is.
+        whose = self._count_as(f"{sign_in.link}\0{email}" if sign_in.link else email)
+        by_address = await self.host.storage.add(f"address:{whose}", ttl=HOUR)
         return by_address <= CODES_PER_ADDRESS
 
     def _count_as(self, what: str) -> str:

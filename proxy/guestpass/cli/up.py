@@ -207,6 +207,7 @@ def _ready(plan: Plan, running: Running, output: Output) -> None:
     rows += [(f"Link for {email}", link) for email, link in links]
     rows += [
         ("Origin", facts["origin"]),
+        ("Console", f"{facts['edge']}/console (API key {facts['api_key']})"),
         ("Metrics", facts["metrics"]),
         ("Mail", f"{facts['outbox']} (no mail server is configured)" if facts["outbox"] else "is sent"),
     ]

@@ -206,7 +206,7 @@ class Admission(Desk):
                 raise Unauthorized("There is no such session.")
             await self._check(share, session)
             gateway = await self.choose_gateway(share, session)
-            expires = min((t for t in (share.expires, session.expires) if t is not None), default=None)
+            expires = Grant.end_of(share, session)
             grant = Grant(
                 kind=kind, digest=digest, share=share, session=session, gateway=gateway, expires=expires
             )
@@ -250,16 +250,16 @@ class Admission(Desk):
 
     # ── the hand-over ────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _begin_flow(self, request: web.Request, share: Share, path: str) -> web.Response:
+    async def _begin_flow(
+        self, request: web.Request, share: Share, path: str, *, link: str = ""
+    ) -> web.Response:
         """The first half of the hand-over: nonce cookie, flow, and off to the main origin."""
         if not self._may_begin(request):
             return self._pages.error(429, request=request, retry_after=int(FLOWS_WINDOW))
         # One nonce for all tabs: each flow keeps the hash, and a second tab must not spoil the first.
         nonce = own_cookie(request, NONCE_COOKIE) or tokens.new_secret()
-        flow_id = await self._service.create_flow(
-            {"type": "sign-in", "share": share.id, "nonce": tokens.digest(nonce).hex(), "path": path},
-            FLOW_SECONDS,
-        )
+        data = {"share": share.id, "nonce": tokens.digest(nonce).hex(), "path": path, "link": link}
+        flow_id = await self._service.create_flow({"type": "sign-in", **data}, FLOW_SECONDS)
         response = redirect(f"{self._origins.main}/signin/{flow_id}")
         set_cookie(response, NONCE_COOKIE, nonce, FLOW_SECONDS)
         return response
@@ -272,7 +272,16 @@ class Admission(Desk):
             return self.ended(request)
         if await self._own_session(request, share_id) is not None:
             return redirect(share.path)
-        return await self._begin_flow(request, share, share.path)
+        return await self._begin_flow(request, share, share.path, link=await self._link_of(request, share_id))
+
+    async def _link_of(self, request: web.Request, share_id: str) -> str:
+        """The digest of the link at which the visitor pressed "Continue" a moment ago, or ""."""
+        via = request.query.get("via", "")
+        data = await self._service.get_flow(via) if via else None
+        if data is None or data.get("type") != "link" or data["share"] != share_id:
+            return ""
+        await self._service.end_flow(via)
+        return str(data["link"])
 
     async def _finish(self, request: web.Request) -> web.StreamResponse:
         share_id = _share_id(request)
@@ -309,9 +318,8 @@ class Admission(Desk):
         if recipient is None:
             return self._not_invited(identity, share)
         now = self._now()
+        # Not cut to the share's own end: that may be moved, and holds anyway.
         expires = now + SESSION_SECONDS
-        if share.expires is not None:
-            expires = min(expires, share.expires)
         await self._end_previous(request, share.id)
         client: Client = request[CLIENT]
         candidate = Session(

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ValidationError
 
 from guestpass.config import duration, first_fault
 from guestpass.edge import api_models as m
+from guestpass.edge.browser import arrived
 from guestpass.edge.events import EventHub
 from guestpass.edge.openapi import Operation, document
 from guestpass.errors import GuestpassError, Invalid, Unauthorized
@@ -701,6 +702,7 @@ async def _body(request: web.Request, model: type[M]) -> M:
     if request.content_length is not None and request.content_length > MAX_BODY:
         raise BodyTooLarge(f"the body is larger than {MAX_BODY} bytes")
     try:
+        await arrived(request)
         data = await request.read()
     except web.HTTPRequestEntityTooLarge as exc:
         raise BodyTooLarge(f"the body is larger than {MAX_BODY} bytes") from exc

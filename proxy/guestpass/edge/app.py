@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import orjson
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from guestpass import config as configuration
@@ -124,6 +125,7 @@ class Edge:
             bus,
             now=time.time,
             emit=self.events.emit,
+            renew=lambda share, sessions: self.grants.renew(share, sessions),
             public_url=edge.public_url,
             share_origin=self.origins.share_origin,
             default_owner=edge.owner,
@@ -239,7 +241,7 @@ class Edge:
         deadline = time.monotonic() + seconds
         while self.grants.all_streams and time.monotonic() < deadline:
             await asyncio.sleep(DRAIN_POLL)
-        left = self.grants.end_all("edge_stopping")
+        left = self.grants.end_all("edge_stopping", tails=False)
         if left:
             log.info("drain: %d streams were still open after %g s", left, seconds)
 
@@ -274,13 +276,16 @@ class Edge:
         try:
             fresh = configuration.load_edge(self.config.file)
             if fresh.edge.tls is not None and self._tls is not None:
+                # First where nobody is served: a key that does not fit would leave the context without any.
+                load_certificate(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), fresh, fresh.edge.tls)
                 load_certificate(self._tls, fresh, fresh.edge.tls)
                 self._certificate_hash = own_certificate_hash(fresh.resolve(fresh.edge.tls.cert))
-            elsewhere = sorted(
-                name
-                for name in type(fresh.edge).model_fields
-                if getattr(fresh.edge, name) != getattr(self.config.edge, name)
-            )
+            elsewhere = [
+                f"{prefix}{name}"
+                for prefix, new, old in (("edge.", fresh.edge, self.config.edge), ("", fresh, self.config))
+                for name in sorted(type(new).model_fields)
+                if name not in ("edge", "file", "tls") and getattr(new, name) != getattr(old, name)
+            ]
             if elsewhere:
                 log.warning("reload: a restart is needed for changes of: %s", ", ".join(elsewhere))
             log.info("reloaded %s", self.config.file)
@@ -311,7 +316,7 @@ class Edge:
     def _api_key(self, state: Path) -> tuple[str, Path | None]:
         secret = self.config.edge.api_key
         if secret is not None:
-            return secret.read(self.config.folder), None
+            return secret.of(self.config.file, "edge.api_key"), None
         path = state / "api.key"
         return _secret_file(path, API_KEY_PREFIX), path
 
@@ -323,8 +328,7 @@ class Edge:
         ended = self.grants.revoke(revocation)
         if revocation.gateway is not None:
             self.tunnels.disconnect(*revocation.gateway)
-        self.metrics.revocations.labels(revocation.reason).inc()
-        self.metrics.revocation_seconds.observe(ended.took_ms / 1000)
+        self.metrics.count_revocation(revocation.reason, ended.took_ms / 1000)
         return ended
 
     async def _sweep(self) -> None:
@@ -335,6 +339,8 @@ class Edge:
                 await self.service.sweep()
             except GuestpassError as exc:
                 log.warning("sweep: %s", exc)
+            except Exception:  # a loop that ended would never clear anything again
+                log.exception("sweep")
 
     # ── HTTP ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -351,6 +357,7 @@ class Edge:
             handler_cancellation=True,
             access_log=log,
             access_log_class=Answered,
+            logger=_ServerLog(self.metrics),
             auto_decompress=False,
             keepalive_timeout=HANDLER_KEEPALIVE,
             max_line_size=MAX_LINE,
@@ -360,6 +367,7 @@ class Edge:
             lingering_time=LINGER,
             shutdown_timeout=1.0,
         )
+        app.on_response_prepare.append(_without_versions)
         await runner.setup()
         self._cleanups.append(runner.cleanup)
         server = runner.server
@@ -393,6 +401,8 @@ class Edge:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         target = request.raw_path
+        if request.version not in ((1, 0), (1, 1)):
+            raise h.BadRequest("this server speaks HTTP/1.1", 505)
         h.check_request(
             request.method,
             target.encode("utf-8", "surrogateescape"),
@@ -415,7 +425,8 @@ class Edge:
                 return await self.relay.handle(request, share_id)
         elif not self.origins.is_main(request.host):
             raise h.BadRequest("no such host here", 421)
-        elif target.startswith(RESERVED_PREFIX) and not target.startswith(ASSETS_PREFIX):
+        # Of the decoded path, which is what the router looks at.
+        elif request.path.startswith(RESERVED_PREFIX) and not request.path.startswith(ASSETS_PREFIX):
             raise web.HTTPNotFound
         return await handler(request)
 
@@ -430,8 +441,8 @@ class Edge:
         )
 
     async def _admin_app(self) -> str:
-        host, _ = _host_port(self.config.edge.admin_listen)
-        allowed = {"localhost", "127.0.0.1", "[::1]", host.lower()}
+        host = _host(self.config.edge.admin_listen)
+        allowed = {"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host}
 
         @web.middleware
         async def known_host(
@@ -450,6 +461,7 @@ class Edge:
             app,
             access_log=log,
             access_log_class=Answered,
+            logger=_ServerLog(self.metrics),
             keepalive_timeout=HANDLER_KEEPALIVE,
             shutdown_timeout=1.0,
         )
@@ -488,6 +500,32 @@ class Edge:
         )
 
 
+async def _without_versions(request: web.Request, response: web.StreamResponse) -> None:
+    """Otherwise aiohttp says which Python and which aiohttp this is."""
+    response.headers["Server"] = "Guestpass"
+
+
+class _ServerLog(logging.LoggerAdapter[logging.Logger]):
+    """aiohttp's log without what visitors sent: its parser quotes the bytes that it refuses, which may be a cookie or a
+    piece of an upload, and anybody could fill the log with them."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        super().__init__(logging.getLogger("guestpass.edge.http"), {})
+        self._refused = metrics.refused
+
+    def exception(self, msg: object, *args: Any, exc_info: Any = True, **more: Any) -> None:
+        if isinstance(exc_info, HttpProcessingError):
+            self._refused.labels(str(exc_info.code)).inc()
+        else:
+            super().exception(msg, *args, exc_info=exc_info, **more)
+
+    def debug(self, msg: object, *args: Any, exc_info: Any = None, **more: Any) -> None:
+        if isinstance(exc_info, HttpProcessingError):
+            self._refused.labels(str(exc_info.code)).inc()
+        else:
+            super().debug(msg, *args, exc_info=exc_info, **more)
+
+
 def with_notifiers(config: EdgeConfig) -> EdgeConfig:
     """The configuration with the notifier that `[mail]`, or its absence, implies when none is named."""
     if config.notify:
@@ -495,8 +533,9 @@ def with_notifiers(config: EdgeConfig) -> EdgeConfig:
     if config.mail is not None:
         settings: dict[str, Any] = {"url": config.mail.smtp, "sender": config.mail.sender}
         if config.mail.password is not None:
-            settings["password"] = config.mail.password.read(config.folder)
-        section = PluginSection(use="smtp", **settings)
+            settings["password"] = config.mail.password.of(config.file, "mail.password")
+        keys = {"url": "mail.smtp", "sender": "mail.from", "password": "mail.password"}
+        section = PluginSection.standing_for("[mail]", keys, use="smtp", **settings)
     else:
         section = PluginSection(use="outbox", folder=str(config.resolve(config.edge.outbox).absolute()))
     return config.model_copy(update={"notify": (section,)})
@@ -524,9 +563,9 @@ def _secret_file(path: Path, prefix: str = "") -> str:
     return configuration.Secret(file=path.absolute()).read(path.parent)
 
 
-def _host_port(value: str) -> tuple[str, int]:
-    parts = urlsplit("//" + value)
-    return parts.hostname or "", parts.port or 0
+def _host(value: str) -> str:
+    """Of HOST:PORT, in lower case; an IPv6 address without its brackets."""
+    return urlsplit("//" + value).hostname or ""
 
 
 async def serve(config: EdgeConfig, *, ready: Callable[[dict[str, Any]], None]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def _load_or_make(path: Path) -> Ed25519PrivateKey:
 
 def write_private(path: Path, data: bytes) -> None:
     """Write a new secret file with mode 0600, whole or not at all. Raises ConfigError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not by the process's id: in a container that is the same at each start, and what a crash left would be in the way.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:

@@ -10,6 +10,7 @@ first's kind. The token needs no key of ours, so a form survives a restart.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hmac
 import re
@@ -39,6 +40,8 @@ MAX_RETURN_PATH = 2048
 PATH = re.compile(r"/(?![/\\])[\x21-\x22\x24-\x7e]*")
 # A form of ours has a handful of short fields; a share's message and addresses are the longest.
 MAX_FORM_FIELDS = 50
+# A form or a JSON body of ours is a packet or two; a stranger must not hold a connection open with half of one.
+BODY_SECONDS = 20.0
 # RFC 6265 §6.1 asks browsers for 50 cookies a domain.
 MAX_EXPIRED_COOKIES = 50
 COOKIE_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
@@ -52,6 +55,13 @@ class FormRefused(Forbidden):
     """A form of ours came from elsewhere, or without its token."""
 
     code = "form_refused"
+
+
+class BodyTooSlow(GuestpassError):
+    """A request of ours was begun and not finished."""
+
+    code = "body_too_slow"
+    status = 408
 
 
 # ── cookies ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -108,12 +118,22 @@ def same_origin(request: web.BaseRequest, origin: str) -> bool:
     return [v.lower() for v in h.values(request.raw_headers, b"sec-fetch-site")] == [b"same-origin"]
 
 
+async def arrived(request: web.Request) -> None:
+    """Wait for the whole body of a request to one of our own pages. Raises BodyTooSlow, HTTPRequestEntityTooLarge."""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            await request.read()
+    except TimeoutError as exc:
+        raise BodyTooSlow("the body of the request did not come in time") from exc
+
+
 async def posted(request: web.Request, origin: str, secret: str, purpose: str) -> dict[str, str]:
-    """The fields of a form of ours, without its token. Raises FormRefused."""
+    """The fields of a form of ours, without its token. Raises FormRefused, BodyTooSlow."""
     if not same_origin(request, origin):
         raise FormRefused("The form came from another site.")
     if request.content_type != "application/x-www-form-urlencoded":
         raise FormRefused("That is not a form of ours.")
+    await arrived(request)
     fields: dict[str, str] = {}
     for name, value in (await request.post()).items():
         if isinstance(value, str) and name not in fields and len(fields) < MAX_FORM_FIELDS:

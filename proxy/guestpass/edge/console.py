@@ -23,6 +23,7 @@ from guestpass.edge.browser import (
     FormRefused,
     Handler,
     Limiter,
+    arrived,
     csrf_token,
     drop_cookie,
     guarded,
@@ -148,6 +149,7 @@ class Console:
             raise FormRefused("The form came from another site.")
         if not self._tries.admits(request[CLIENT]):
             return self._pages.error(429, request=request, retry_after=int(TRIES_WINDOW))
+        await arrived(request)
         form = await request.post() if request.content_type == "application/x-www-form-urlencoded" else {}
         key = form.get("key", "")
         if not isinstance(key, str) or not hmac.compare_digest(tokens.digest(key.strip()), self._api_key):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -50,6 +50,15 @@ class LiveStream(Protocol):
         """End it now: nothing more may reach the visitor. Called at most once; must not raise."""
 
 
+class Tail(Protocol):
+    """What is complete here and still on its way to the visitor: in our buffers, or in the kernel's."""
+
+    grant: Grant
+
+    def cut(self) -> bool:
+        """Nothing more of it may reach the visitor; whether there was something. Must not raise."""
+
+
 @dataclass(slots=True, eq=False)
 class Grant:
     """One session's permission, and what is open under it. `digest` is the SHA-256 of the cookie or token."""
@@ -62,6 +71,7 @@ class Grant:
     expires: float | None  # seconds since the epoch: the earlier of share and session
     last_used: float = 0.0
     streams: set[LiveStream] = field(default_factory=set)
+    tails: dict[object, Tail] = field(default_factory=dict)  # by connection
     headers: bytes = (
         b""  # identity fields for the application, made by the relay, with an expiry of their own
     )
@@ -84,6 +94,11 @@ class Grant:
     @property
     def service(self) -> str:
         return self.share.service
+
+    @staticmethod
+    def end_of(share: Share, session: Session) -> float | None:
+        """What `expires` is."""
+        return min((t for t in (share.expires, session.expires) if t is not None), default=None)
 
     def expired(self, now: float) -> bool:
         return self.expires is not None and self.expires <= now
@@ -149,6 +164,10 @@ class GrantTable:
             for stream in old.streams:
                 stream.grant = grant
             old.streams = set()
+            grant.tails |= old.tails
+            for tail in grant.tails.values():
+                tail.grant = grant
+            old.tails = {}
             self._drop(old)
         grant.last_used = self._now()
         self._by_digest[(grant.kind, grant.digest)] = grant
@@ -174,6 +193,16 @@ class GrantTable:
     def is_live(self, grant: Grant) -> bool:
         """Whether this very grant is in force. A relay that awaited something asks before it opens a stream."""
         return self._by_digest.get((grant.kind, grant.digest)) is grant and not grant.expired(self._now())
+
+    def renew(self, share: Share, sessions: Mapping[str, Session]) -> None:
+        """The share changed, and nobody loses anything by it: what is open goes on, under the new name and until the
+        new end. `sessions`: its live ones, by id."""
+        self.generation += 1  # who is asking the store right now may have heard of the share as it was
+        for grant in self._by_share.get(share.id, ()):
+            if (session := sessions.get(grant.session.id)) is not None:
+                grant.share, grant.session, grant.expires = share, session, Grant.end_of(share, session)
+                self._disarm(grant)
+                self._arm(grant)
 
     def revoke(self, revocation: Revocation) -> Revoked:
         """Drop what matches and end its streams, before returning."""
@@ -209,16 +238,16 @@ class GrantTable:
     def sweep(self) -> int:
         """Drop grants that were idle for long; returns how many."""
         limit = self._now() - IDLE_SECONDS
-        idle = [g for g in self._by_digest.values() if not g.streams and g.last_used < limit]
+        idle = [g for g in self._by_digest.values() if not g.streams and not g.tails and g.last_used < limit]
         for grant in idle:
             self._drop(grant)
         return len(idle)
 
-    def end_all(self, reason: str) -> int:
+    def end_all(self, reason: str, *, tails: bool = True) -> int:
         """Drop every grant and end its streams: the end of a drain, or nobody can say any more whom to admit. Returns
-        how many streams."""
+        how many streams. Without `tails`, what is complete here may still reach the visitors."""
         self.generation += 1
-        return sum(self._end(grant, reason) for grant in list(self._by_digest.values()))
+        return sum(self._end(grant, reason, tails=tails) for grant in list(self._by_digest.values()))
 
     # ── inner ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -240,13 +269,15 @@ class GrantTable:
         sets.sort(key=len)  # type: ignore[arg-type]
         return list(set(sets[0]).intersection(*sets[1:]))
 
-    def _end(self, grant: Grant, reason: str) -> int:
+    def _end(self, grant: Grant, reason: str, *, tails: bool = True) -> int:
         self._drop(grant)
         ended = list(grant.streams)
         grant.streams.clear()
         for stream in ended:
             stream.end(reason)
-        return len(ended)
+        cut = list(grant.tails.values()) if tails else []
+        grant.tails.clear()
+        return len(ended) + sum(tail.cut() for tail in cut)
 
     def _drop(self, grant: Grant) -> None:
         if self._by_digest.get((grant.kind, grant.digest)) is grant:
@@ -262,6 +293,10 @@ class GrantTable:
         self._discard(self._by_site, grant.site, grant)
         if grant.gateway is not None:
             self._discard(self._by_gateway, (grant.site, grant.gateway), grant)
+        self._disarm(grant)
+
+    @staticmethod
+    def _disarm(grant: Grant) -> None:
         if grant._timer is not None:
             grant._timer.cancel()
             grant._timer = None

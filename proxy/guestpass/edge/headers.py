@@ -27,16 +27,21 @@ HOP_BY_HOP = frozenset(
     + (b"proxy-authentication-info", b"te", b"trailer", b"transfer-encoding", b"upgrade")
 )  # fmt: skip
 
-# Names that only the edge may say to an application, compared with every non-alphanumeric folded to "-". The last
-# five make frameworks see another URL or method than the one that was checked.
+# Names that only the edge may say to an application, compared with every non-alphanumeric folded to "-". Those of the
+# third line tell who somebody is, as other proxies put it (CGI, Grafana, oauth2-proxy and the large clouds): behind the
+# gateway an application may believe them. The last five make frameworks see another URL or method than the one that
+# was checked.
 RESERVED = frozenset(
-    (b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"x-forwarded-port", b"x-forwarded-server")
-    + (b"x-forwarded-scheme", b"x-forwarded-ssl", b"x-forwarded-prefix", b"x-forwarded-by", b"forwarded")
-    + (b"x-real-ip", b"x-client-ip", b"true-client-ip", b"x-cluster-client-ip", b"front-end-https")
-    + (b"x-url-scheme", b"x-original-url", b"x-rewrite-url")
-    + (b"x-http-method-override", b"x-http-method", b"x-method-override")
+    (b"forwarded", b"x-real-ip", b"x-client-ip", b"true-client-ip", b"x-cluster-client-ip", b"front-end-https")
+    + (b"x-url-scheme",)
+    + (b"remote-user", b"x-remote-user", b"x-authenticated-user", b"x-authenticated-email", b"x-auth-user")
+    + (b"x-original-url", b"x-rewrite-url", b"x-http-method-override", b"x-http-method", b"x-method-override")
 )  # fmt: skip
-RESERVED_PREFIX = b"x-guestpass-"
+RESERVED_PREFIXES = (
+    (b"x-guestpass-", b"x-forwarded-", b"x-auth-request-", b"x-webauth-", b"x-remote-")
+    + (b"cf-access-", b"x-goog-authenticated-user-", b"x-goog-iap-", b"x-amzn-oidc-", b"x-ms-client-principal")
+)  # fmt: skip
+OUR_RESPONSE_PREFIX = b"x-guestpass-"
 
 # What an application may not say to the browser on a share's origin: these speak for the domain or outlive the share.
 DROPPED_FROM_RESPONSES = frozenset(
@@ -82,7 +87,7 @@ def fold(name: bytes) -> bytes:
 
 def is_reserved(name: bytes) -> bool:
     folded = fold(name)
-    return folded in RESERVED or folded.startswith(RESERVED_PREFIX)
+    return folded in RESERVED or folded.startswith(RESERVED_PREFIXES)
 
 
 def values(headers: RawHeaders, name: bytes) -> list[bytes]:
@@ -157,15 +162,15 @@ def bearer(headers: RawHeaders, prefix: str) -> str | None:
     found = values(headers, b"authorization")
     if len(found) != 1:
         return None
-    scheme, _, credentials = found[0].partition(b" ")
-    token = credentials.strip(b" ").decode("ascii", "replace")
-    return token if scheme.lower() == b"bearer" and token.startswith(prefix) else None
+    scheme, credentials = split_credentials(found[0])
+    token = credentials.decode("ascii", "replace")
+    return token if scheme == b"bearer" and token.startswith(prefix) else None
 
 
-def is_our_bearer(value: bytes, prefix: bytes) -> bool:
-    """Whether an Authorization field carries a token of ours, however it is written: it stays at the edge."""
-    scheme, _, credentials = value.partition(b" ")
-    return scheme.lower() == b"bearer" and credentials.lstrip(b" ").lower().startswith(prefix)
+def split_credentials(value: bytes) -> tuple[bytes, bytes]:
+    """(scheme in lower case, credentials) of an Authorization field, however many blanks are between them."""
+    scheme, credentials = (*value.split(maxsplit=1), b"", b"")[:2]
+    return scheme.lower(), credentials.strip(b" \t")
 
 
 # ── towards the application ───────────────────────────────────────────────────────────────────────────────────────
@@ -194,8 +199,10 @@ def request_head(
             value = strip_our_cookies(value)
             if not value:
                 continue
-        elif lower == b"authorization" and is_our_bearer(value, bearer_prefix):
-            continue
+        elif lower == b"authorization":
+            scheme, credentials = split_credentials(value)
+            if scheme == b"bearer" and credentials.lower().startswith(bearer_prefix):
+                continue
         out += (name, b": ", value, b"\r\n")
     if upgrade:
         out.append(b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
@@ -316,7 +323,7 @@ def _visible(raw: RawHeaders, status: int) -> Iterable[tuple[bytes, bytes]]:
     cache: list[bytes] = []
     for name, value in raw:
         lower = name.lower()
-        if lower in drop or lower == b"content-length" or fold(lower).startswith(RESERVED_PREFIX):
+        if lower in drop or lower == b"content-length" or fold(lower).startswith(OUR_RESPONSE_PREFIX):
             continue
         if lower == b"set-cookie":
             cookie_value = clean_set_cookie(value)
@@ -346,7 +353,8 @@ def private_cache_control(value: bytes) -> bytes:
 def clean_set_cookie(value: bytes) -> bytes | None:
     """A Set-Cookie of an application without Domain, so that it stays on the share's own origin; None for our names."""
     parts = [part.strip(b" \t") for part in value.split(b";")]
-    if parts[0].lower().startswith(OUR_COOKIE_PREFIXES):
+    # "=__Host-…" is a cookie without a name that a browser would send back as one of ours.
+    if parts[0].lstrip(b"= \t").lower().startswith(OUR_COOKIE_PREFIXES):
         return None
     return b"; ".join(
         p for i, p in enumerate(parts) if i == 0 or p.lower().partition(b"=")[0].strip(b" \t") != b"domain"

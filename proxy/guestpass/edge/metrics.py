@@ -11,6 +11,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+# Why something was revoked; a plugin's own reasons may be any text, a label may not.
+REASONS = frozenset(
+    ("deleted", "expired", "recipient_removed", "session_ended", "share_updated", "gateway_removed")
+    + ("ended_by_owner", "replaced", "signed_out", "max_sessions", "denied", "plugin_failed")
+)
+
 # Upper bounds of the buckets of durations, in seconds.
 DURATIONS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 
@@ -69,6 +75,10 @@ class Metrics:
         self.refused = Counter(
             "guestpass_refused", "Requests refused before any lane", ("status",), registry=self.registry
         )
+
+    def count_revocation(self, reason: str, seconds: float) -> None:
+        self.revocations.labels(reason if reason in REASONS else "other").inc()
+        self.revocation_seconds.observe(seconds)
 
     def observe_hook(self, plugin: str, hook: str, seconds: float, error: bool) -> None:
         self.plugin_seconds.labels(plugin, hook).observe(seconds)

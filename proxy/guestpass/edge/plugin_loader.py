@@ -232,7 +232,7 @@ def _default_name(use: str) -> str:
 def build(kind: Kind, section: PluginSection, position: int, file: Path) -> Plugin:
     """Load, validate and construct one plugin. Raises ConfigError or PluginError that names file and
     section."""
-    where = f'{file}: [[{kind.section}]] number {position} (use = "{section.use}")'
+    where = f"{file}: {section.where(kind.section, position)}"
     try:
         cls = load_class(kind, section.use, file.parent)
     except PluginError as exc:
@@ -240,7 +240,7 @@ def build(kind: Kind, section: PluginSection, position: int, file: Path) -> Plug
     try:
         config = cls.Config.model_validate(section.settings, context={"folder": file.parent})
     except ValidationError as exc:
-        raise ConfigError(f"{where}: {first_fault(exc, cls.Config)}") from exc
+        raise ConfigError(f"{where}: {section.in_its_words(first_fault(exc, cls.Config))}") from exc
     name = section.name or _default_name(section.use)
     try:
         return cls(name, config)

@@ -23,6 +23,7 @@ import dataclasses
 import hmac
 import inspect
 import logging
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -106,6 +107,10 @@ WATCH_RETRY_FIRST = 0.1
 WATCH_RETRY_MAX = 2.0
 # A restarted watch that has lasted so long counts as running again.
 WATCH_SETTLE_SECONDS = 1.0
+
+# RFC 9110 §5.1 and §5.5, in Latin-1.
+HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 # What may be kept of a step on the server (plugin API: "JSON, ≤ 4 KiB").
 MAX_STATE = 4096
@@ -698,6 +703,12 @@ class PluginSet:
                 continue
             if not isinstance(edits, Edits):
                 raise slot.failed("on_request", TypeError(f"it returned {type(edits).__name__}"))
+            for name, value in edits.add:
+                # A value may come from the request: it must not bring further fields along.
+                if not HEADER_NAME.fullmatch(name) or not HEADER_VALUE.fullmatch(value):
+                    raise slot.failed(
+                        "on_request", ValueError(f"the field {name!r} that it adds is malformed")
+                    )
             remove |= edits.remove
             add += edits.add
         return Edits(remove, add) if remove or add else None

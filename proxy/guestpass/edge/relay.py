@@ -10,7 +10,9 @@ Order of things, for every request on a share's origin:
 2. may it: cross-site check, the share's scope, the filters;
 3. where: the session's gateway, or another one if that is gone;
 4. OPEN; the request body is pumped by a task of its own, the response by the handler's;
-5. a `Live` entry in the grant from before OPEN to the last byte: revocation ends it from outside at any moment.
+5. a `Live` entry in the grant from before OPEN to the last byte: revocation ends it from outside at any moment;
+6. a `Tail` entry until the visitor's kernel has acknowledged what was written: a response that is complete here may
+   still wait in ours, by the megabyte.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from guestpass.edge import headers as h
 from guestpass.edge.grants import Grant, GrantTable
 from guestpass.edge.keys import CLIENT, SCHEME
 from guestpass.errors import Forbidden, NoGateway, NotFound, PluginFailed, ShareEnded, Unauthorized
-from guestpass.loop import abort_now
+from guestpass.loop import abort_now, unsent
 from guestpass.model import SessionKind
 from guestpass.mux.stream import StreamReset, TunnelStream
 from guestpass.plugin import Denied, RequestContext
@@ -57,11 +59,22 @@ RESPONSE_TIMEOUT = 300.0
 # A request may be offered to so many gateways before the visitor is told.
 MAX_ATTEMPTS = 3
 
+# A request whose grant was dropped while the filters looked at it is admitted anew so often.
+MAX_ADMISSIONS = 3
+
 # After this many bytes from the visitor wait for an upgraded stream, reading pauses.
 UPGRADE_BUFFER = 64 * 1024
 
 # How long the application may go on sending after the visitor closed an upgraded connection.
 HALF_CLOSED_TIMEOUT = 10.0
+
+# A response is over when no more than this of it waits for the visitor to acknowledge it: a few round trips' worth,
+# so that the next request on the connection is not held up.
+TAIL = 64 * 1024
+
+# How soon and how often it is looked, seconds.
+TAIL_FIRST = 0.001
+TAIL_POLL = 0.05
 
 # What browsers wait before they try again when no gateway is there.
 RETRY_AFTER = 5
@@ -99,6 +112,10 @@ class RelayResponse(web.StreamResponse):
         return None
 
 
+class _GrantDropped(Exception):
+    """The grant is not in force any more; whether the session is, the control plane knows."""
+
+
 class _ResponseBroken(Exception):
     """The response cannot be finished after its head went out; the visitor's connection is cut so that they see it."""
 
@@ -122,6 +139,30 @@ class Live:
         if self.stream is not None:
             self.stream.reset(ErrorCode.REVOKED)
         self.task.cancel()
+
+
+class Tail:
+    """The end of a response on a connection that stays open, until the visitor has it."""
+
+    __slots__ = ("_transport", "grant")
+
+    def __init__(self, grant: Grant, transport: asyncio.WriteTransport) -> None:
+        self.grant = grant
+        self._transport = transport
+        grant.tails[transport] = self
+        asyncio.get_running_loop().call_later(TAIL_POLL, self._look)
+
+    def _look(self) -> None:
+        if unsent(self._transport):
+            asyncio.get_running_loop().call_later(TAIL_POLL, self._look)
+        elif self.grant.tails.get(self._transport) is self:
+            del self.grant.tails[self._transport]
+
+    def cut(self) -> bool:
+        if not unsent(self._transport):
+            return False
+        abort_now(self._transport)
+        return True
 
 
 class Relay:
@@ -156,15 +197,22 @@ class Relay:
     async def handle(self, request: web.Request, share_id: str) -> web.StreamResponse:
         """Answer one request on the origin of `share_id`. `request[CLIENT]` is set."""
         start = time.perf_counter()
-        answer = await self._admit(request, share_id)
-        if isinstance(answer, web.StreamResponse):
-            self._count("-", answer.status, None)
-            return answer
-        grant, context = answer
-        response = await self._exchange(request, grant, context)
-        upgraded = response.status == 101
-        self._count(grant.service, response.status, None if upgraded else time.perf_counter() - start)
-        return response
+        for _ in range(MAX_ADMISSIONS):
+            answer = await self._admit(request, share_id)
+            if isinstance(answer, web.StreamResponse):
+                self._count("-", answer.status, None)
+                return answer
+            grant, context = answer
+            try:
+                response = await self._exchange(request, grant, context)
+            except _GrantDropped:
+                continue
+            upgraded = response.status == 101
+            self._count(grant.service, response.status, None if upgraded else time.perf_counter() - start)
+            return response
+        return self._problem(
+            request, 503, f"share {share_id}: revoked again and again", retry_after=RETRY_AFTER
+        )
 
     def _count(self, service: str, status: int, seconds: float | None) -> None:
         self._metrics.requests.labels(service, f"{status // 100}xx", "aiohttp").inc()
@@ -245,6 +293,8 @@ class Relay:
                 return self._pages.error(403, request=request, message=str(exc))
             except PluginFailed as exc:
                 return self._pages.error(503, request=request, error_id=exc.error_id)
+            if not self._grants.is_live(grant):
+                raise _GrantDropped
             if edits is not None:
                 removed = {name.lower().encode("latin-1") for name in edits.remove}
                 source = [(k, v) for k, v in source if k.lower() not in removed]
@@ -266,7 +316,10 @@ class Relay:
         live = Live(grant, request, task)
         grant.streams.add(live)
         try:
-            return await self._with_retries(request, live, head, upgrade=upgrade)
+            response = await self._with_retries(request, live, head, upgrade=upgrade)
+            if isinstance(response, RelayResponse):
+                await self._see_off(request, live, response)
+            return response
         except _ResponseBroken as exc:
             log.info("share %s: response cut: %s", grant.share.id, exc)
             if request.transport is not None:
@@ -276,6 +329,19 @@ class Relay:
             live.grant.streams.discard(live)
             if live.stream is not None:
                 live.stream.reset(ErrorCode.CANCEL)
+
+    async def _see_off(self, request: web.Request, live: Live, response: RelayResponse) -> None:
+        """Wait until the visitor has nearly all of the response; or all of it, when the connection is to be closed: a
+        closed socket cannot be reset any more."""
+        transport = request.transport
+        if transport is None:
+            return
+        most, pause = TAIL if response.keep_alive else 0, TAIL_FIRST
+        while (left := unsent(transport)) > most:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, TAIL_POLL)
+        if left and transport not in live.grant.tails:
+            Tail(live.grant, transport)
 
     @staticmethod
     def _is_upgrade(request: web.Request) -> bool:

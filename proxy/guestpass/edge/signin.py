@@ -64,6 +64,7 @@ class _Flow:
     share_id: str | None  # None: to see "shared with me"
     nonce: str
     path: str
+    link: str  # the digest of the link that it began at, or ""
     authenticator: str | None  # where the visitor is
     state: dict[str, Any]
     form: Form | None
@@ -82,6 +83,7 @@ class _Flow:
             share_id=data.get("share"),
             nonce=data.get("nonce", ""),
             path=data.get("path", "/"),
+            link=data.get("link", ""),
             authenticator=data.get("authenticator"),
             state=data.get("state", {}),
             form=_form_from(data["form"]) if data.get("form") else None,
@@ -95,6 +97,7 @@ class _Flow:
             "share": self.share_id,
             "nonce": self.nonce,
             "path": self.path,
+            "link": self.link,
             "authenticator": self.authenticator,
             "state": self.state,
             "form": dataclasses.asdict(dataclasses.replace(self.form, state={})) if self.form else None,
@@ -145,16 +148,23 @@ class SignInPages(Desk):
         )
 
     async def _link_continue(self, request: web.Request) -> web.StreamResponse:
-        """There is nothing to protect with a token here: it leads to where the share's id leads anybody."""
+        """There is nothing to protect with a token here: it leads to where the share's id leads anybody. The share's
+        origin is told by a code that the visitor had a link, not which."""
         if not same_origin(request, self._main_origin):
             raise FormRefused("The form came from another site.")
+        secret = request.match_info["secret"]
         try:
-            share, _ = await self._service.resolve_link(request.match_info["secret"])
+            share, _ = await self._service.resolve_link(secret)
         except ShareEnded:
             return self._pages.error(410, request=request)
         except NotFound:
             return self._pages.error(404, request=request)
-        return redirect(self._origins.share_origin(share.id) + START_PATH)
+        if not self._may_begin(request):
+            return self._pages.error(429, request=request, retry_after=int(FLOWS_WINDOW))
+        via = await self._service.create_flow(
+            {"type": "link", "share": share.id, "link": tokens.digest(secret).hex()}, HANDOVER_SECONDS
+        )
+        return redirect(f"{self._origins.share_origin(share.id)}{START_PATH}?via={via}")
 
     # ── sign-in ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -500,6 +510,7 @@ class SignInPages(Desk):
             state=state,
             callback_url=f"{self._origins.main}/callback/{name}",
             is_invited=is_invited,
+            link=flow.link,
         )
 
     def _start_url(self, flow: _Flow) -> str:

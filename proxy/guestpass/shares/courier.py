@@ -134,6 +134,9 @@ class Courier:
         except GuestpassError as exc:
             log.error("mail %d: its outcome is not written: %s", item.id, exc)
             await asyncio.sleep(STORE_PAUSE_SECONDS)
+        except Exception:  # and not again at once, for ever
+            log.exception("mail %d", item.id)
+            await asyncio.sleep(STORE_PAUSE_SECONDS)
         finally:
             self._under_way.pop(item.id, None)
             self._wake.set()

@@ -152,7 +152,9 @@ class ShareService:
         public_url: str,
         share_origin: Callable[[str], str],
         default_owner: str,
+        renew: Callable[[Share, Mapping[str, Session]], None] = lambda share, sessions: None,
     ) -> None:
+        """`renew(share, sessions)` is told of a change that takes nothing away: the live sessions by id."""
         self._store = store
         self._bus = bus
         self._now = now
@@ -160,6 +162,7 @@ class ShareService:
         self._public_url = public_url
         self.share_origin = share_origin
         self._default_owner = default_owner
+        self._renew = renew
         self._running: set[asyncio.Task[Any]] = set()
         self._sessions_seen: dict[str, float] = {}
         self._gateways_seen: dict[tuple[str, str], float] = {}
@@ -259,7 +262,9 @@ class ShareService:
             raise Invalid(f"{min(both)} is both to be added and to be removed")
         now, seen = self._now(), dict(self._sessions_seen)
 
-        def work(db: Connection) -> tuple[Share, Share, dict[str, str], builtins.list[Recipient], int]:
+        def work(
+            db: Connection,
+        ) -> tuple[Share, Share, dict[str, str], builtins.list[Recipient], int, dict[str, Session]]:
             before = _found(shares.get(db, share_id), share_id)
             if before.deleted is not None:
                 raise _ended(before)
@@ -291,16 +296,20 @@ class ShareService:
                 recipient = _recipient(share_id, email, invite)
                 shares.insert_recipient(db, recipient)
                 links[email] = self._link(db, changed, recipient, now, invite=invite)
-            return before, _found(shares.get(db, share_id), share_id), links, gone, ended
+            after = _found(shares.get(db, share_id), share_id)
+            live = sessions.page(db, share_id=share_id, live_at=now, after=None, limit=None)
+            return before, after, links, gone, ended, {s.id: _within(s, after) for s in live}
 
         async def change() -> UpdatedShare:
-            before, after, links, gone, ended = await self._store.write(work)
+            before, after, links, gone, ended, live = await self._store.write(work)
             self._store.wake_courier()
             revocations = [
                 Revocation("recipient_removed", share_id=share_id, recipient_id=r.id) for r in gone
             ]
             if _narrower(before, after):
                 revocations.append(Revocation("share_updated", share_id=share_id))
+            else:
+                self._renew(after, live)
             revoked = await self._publish(revocations, ended)
             actor = before.owner if by is None else by
             fields = ("name", "message", "path", "scope", "expires", "max_sessions")

@@ -46,6 +46,7 @@ ERRORS: Mapping[int, tuple[str, str, str]] = {
         "The page does not take this kind of request.",
         "Go back and try again.",
     ),
+    408: ("This took too long", "The request was begun and not finished.", "Go back and try again."),
     410: (
         "This share has ended",
         "It was deleted by its owner, or its time is over.",
