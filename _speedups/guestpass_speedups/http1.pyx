@@ -1552,6 +1552,28 @@ def field_id(bytes name not None):
     return find_known(<const uint8_t *> PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name)) if name else 0
 
 
+def repeat(bytes data not None, int loops, bint response=False, bint write=False):
+    """Scan the complete head `data` so many times, and write it for the next hop: for benchmarks. Raises BadHttp."""
+    cdef const uint8_t *p = <const uint8_t *> PyBytes_AS_STRING(data)
+    cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
+    cdef Py_ssize_t result = 0
+    cdef uint32_t searched = 0
+    cdef bytearray room = bytearray(WRITE_ROOM)
+    cdef uint8_t *out = <uint8_t *> room
+    cdef int _
+    for _ in range(loops):
+        if response:
+            result = scan_response(p, size, &response_scratch, &searched, 0)
+            if write and result > 0:
+                result = write_response_head(p, &response_scratch, out)
+        else:
+            result = scan_request(p, size, &request_scratch, &searched, 0)
+            if write and result > 0:
+                result = write_request_head(p, &request_scratch, out, p, 0, b"gp_", 3)
+        if result <= 0:
+            raise BadHttp(<int> result)
+
+
 cdef class ChunkedDecoder:
     """A chunked body, fed in pieces of any size."""
 
