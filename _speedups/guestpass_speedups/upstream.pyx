@@ -726,6 +726,9 @@ cdef class UpstreamConnection:
         if stream.phase == P_OVER:
             return 0
         if self.state == R_HEAD:
+            if not self.spoken:
+                # A 408 for an idle connection, say: nobody's answer.
+                return self._no_response("the service spoke before it was asked")
             self.begun = True
             if self.partial is not None:
                 whole = self.partial + PyBytes_FromStringAndSize(<const char *> data, size)
@@ -1129,11 +1132,8 @@ cdef class UpstreamSession(Session):
     cdef bint on_stream_opened(self, Stream stream, const unsigned char *service, Py_ssize_t service_size,
                                bint interactive, const unsigned char *head, Py_ssize_t head_size,
                                bint fin) except -1:
-        cdef Pool pool = self.services.find(service, service_size)
-        if pool is None:
-            (<UpstreamStream> stream).phase = P_OVER
-            return False
-        if not (<UpstreamStream> stream).begin(pool, head, head_size, fin):
+        cdef Pool pool = self.services.find(service, service_size) if self.services is not None else None
+        if pool is None or not (<UpstreamStream> stream).begin(pool, head, head_size, fin):
             (<UpstreamStream> stream).phase = P_OVER
             return False
         return True

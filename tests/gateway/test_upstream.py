@@ -701,6 +701,37 @@ async def test_unix_socket(rig: Rig, tmp_path: Path) -> None:
         assert b"\r\nHost: localhost\r\n" in seen[0]
 
 
+@pytest.mark.parametrize("unix", [False, True])
+async def test_many_streams_at_once_share_connections(rig: Rig, tmp_path: Path, unix: bool) -> None:
+    """Ten visitors' worth at a time, again and again: connections are made for the first of them only."""
+    at_once = 60
+    numbers: set[int] = set()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            number = int(head.split(b" ")[1][1:])
+            assert number not in numbers
+            numbers.add(number)
+            await asyncio.sleep(0)
+            body = b"%d" % number * 1000
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body))
+            writer.write(body)
+
+    async with serving(talk, path=tmp_path / "app.sock" if unix else None) as app:
+        rig.use(dash=app.url)
+        for turn in range(10):
+            first = turn * at_once
+            found = await asyncio.gather(
+                *(rig.ask(f"GET /{number} HTTP/1.1") for number in range(first, first + at_once))
+            )
+            assert [answer.body for answer in found] == [
+                b"%d" % number * 1000 for number in range(first, first + at_once)
+            ]
+        assert len(numbers) == 10 * at_once
+        assert app.connections == app.open <= at_once
+
+
 async def test_health_follows_the_service(rig: Rig, tmp_path: Path) -> None:
     path = tmp_path / "app.sock"
     upstream = rig.use(dash=f"unix://{path}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -705,6 +707,26 @@ def test_stale_connections(how: str, head: bytes, more: dict[str, Any], safe: bo
     web.check_silence()
 
 
+def test_a_service_that_speaks_before_it_is_asked() -> None:
+    """A 408 for the idle connection, which has crossed the request: it answers nobody."""
+    web = Exchange()
+    _, _, transport = web.serve(GET)
+    web.say(transport, OK)
+    stream = web.edge.session.open("web", UPGRADE, handler := Recorder(), fin=False)
+    web.shuttle()
+    assert len(transport.writes) == 1, "the request leaves at the end of the turn"
+    transport.say(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+    web.settle()
+    assert transport.aborted
+    again = web.pool.connect()
+    web.settle()
+    web.say(again, SWITCH)
+    assert handler.heads[0].startswith(b"HTTP/1.1 101 ")
+    stream.send(b"", fin=True)
+    again.hang_up()
+    web.check_silence()
+
+
 @pytest.mark.parametrize(("idle", "left"), [(1000.0, 5), (0.0, 0)])
 def test_sweep(idle: float, left: int) -> None:
     """What is too old is closed; what is only too much is not, as long as it was used a moment ago."""
@@ -845,7 +867,35 @@ def test_unknown_service_and_malformed_heads_are_refused() -> None:
         _, handler = web.ask(head)
         assert handler.reset_code == ErrorCode.REFUSED, head
     handler = Recorder()
+    handler.react = lambda name, stream: stream.cancelled() if name == "reset" else None
     web.edge.session.open("other", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", handler, fin=True)
     web.settle()
     assert handler.reset_code == ErrorCode.REFUSED
     assert web.pool.attempts == 0
+    web.check_silence()
+
+
+def test_nothing_is_left_in_memory() -> None:
+    """Many exchanges of every kind, then as many blocks as before."""
+
+    def some() -> None:
+        web = Exchange()
+        for answer in ANSWERS.values():
+            stream, handler, _ = web.serve(answer.request)
+            (transport,) = [t for t in web.pool.transports if not t.protocol.idle and not t.closed]
+            for at in range(0, len(answer.said), 7):
+                web.say(transport, answer.said[at : at + 7])
+            transport.hang_up()
+            web.settle()
+            assert stream.state == "CLOSED"
+            assert handler.closed
+        web.pool.close()
+        web.check_silence()
+
+    some()
+    gc.collect()
+    before = sys.getallocatedblocks()
+    for _ in range(10):
+        some()
+    gc.collect()
+    assert sys.getallocatedblocks() - before < 200
