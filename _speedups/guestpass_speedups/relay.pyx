@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, auto_pickle=False
+# cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, auto_pickle=False
 """The edge's connections with visitors, and the fast lane. What is rare is Python: `guestpass.edge.front`.
 
 Theory of operation
@@ -40,7 +40,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.object cimport PyObject
 from cpython.time cimport monotonic, time as wall_clock
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.string cimport memcmp, memcpy, memmove, memset
 
@@ -83,7 +83,7 @@ from guestpass_speedups.http1 cimport (
     write_request_head,
     write_response_head,
 )
-from guestpass_speedups.session cimport BAD_UPSTREAM, CANCEL, PROTOCOL_ERROR, REVOKED, TIMEOUT, Session, Stream
+from guestpass_speedups.session cimport CANCEL, PROTOCOL_ERROR, REVOKED, TIMEOUT, Session, Stream
 
 from guestpass_speedups.session import StreamRefused
 
@@ -976,8 +976,9 @@ cdef class Connection:
         cdef bint cookie = True
         cdef bint upgrade = REQUEST.upgrade == UPGRADE_WEBSOCKET
         cdef double now
-        if data[REQUEST.target.at] != c"/" or (REQUEST.target.size >= 12
-                and memcmp(data + REQUEST.target.at, RESERVED_PATHS, 12) == 0):
+        if data[REQUEST.target.at] != c"/":
+            return False
+        if REQUEST.target.size >= 12 and memcmp(data + REQUEST.target.at, RESERVED_PATHS, 12) == 0:
             return False
         if fields.present >> F_AUTHORIZATION & 1 and find_bearer(
                 data, fields, PyBytes_AS_STRING(lane.bearer), PyBytes_GET_SIZE(lane.bearer), &secret):
