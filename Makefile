@@ -1,5 +1,5 @@
 # One command for each thing a developer does. Everything is installed into $(VENV); nothing else on the machine changes.
-#   make demo   make test   make test-apps   make check   make bench   make faults
+#   make demo   make test   make test-apps   make check   make faults   make bench-quick   make bench
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -15,7 +15,8 @@ SOURCES := $(shell find proxy _speedups plugins -type f ! -name '*.so' ! -name '
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-apps check format screenshots bench faults fuzz-asan build clean
+.PHONY: help demo test test-apps check format screenshots bench bench-quick bench-smoke bench-tunnel report faults \
+	fuzz-asan build clean
 
 help:
 	@echo "make demo         share the bundled sample dashboard and print the link"
@@ -24,9 +25,11 @@ help:
 	@echo "make check        formatting, lint, types, docs, duplicates, import directions"
 	@echo "make format       format the sources"
 	@echo "make faults       what the tunnel survives: kills, black holes, storms, bad input (root, iproute2, nftables)"
-	@echo "make bench        benchmarks of the tunnel's core"
 	@echo "make fuzz-asan    fuzz the tunnel's compiled core under AddressSanitizer (60 s; FUZZ_SECONDS=3600 for long)"
 	@echo "make bench-tunnel the tunnel against hashicorp/yamux and its targets, in a table"
+	@echo "make bench-quick  the main ratios to nginx, HAProxy and others, in about a minute"
+	@echo "make bench        all benchmarks, twenty minutes: benchmarks/report.md"
+	@echo "make bench-smoke  whether the benchmarks run; measures nothing"
 	@echo "make screenshots  renew the pictures in docs/screenshots (needs chromium)"
 	@echo "make build        sdist and wheel in dist/"
 
@@ -48,7 +51,7 @@ $(VENV)/extra-$(1): $(VENV)/installed
 	$(PIP) install "$$$$(echo dist/guestpass-*.whl)[$(1)]"
 	touch $$@
 endef
-$(foreach name,test apps check dev,$(eval $(call extra,$(name))))
+$(foreach name,test apps bench check dev,$(eval $(call extra,$(name))))
 
 demo: $(VENV)/installed
 	@$(BIN)/python examples/demo.py
@@ -78,8 +81,23 @@ format: $(VENV)/extra-check
 faults: $(VENV)/extra-test
 	GUESTPASS_FAULTS=long GUESTPASS_FAULTS_JSON=benchmarks/results/faults.json $(BIN)/pytest -q tests/faults
 
-bench: $(VENV)/extra-test
-	$(BIN)/python benchmarks/bench_session.py
+# Each writes benchmarks/results/NAME.json. Loopback, one machine: nothing else should run there.
+BENCHMARKS := micro/run system/throughput system/sockets system/grants system/start
+
+bench: $(VENV)/extra-bench
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(BENCHFLAGS); done
+	$(BIN)/python benchmarks/report.py
+
+bench-quick: $(VENV)/extra-bench
+	@$(BIN)/python benchmarks/quick.py $(BENCHFLAGS)
+
+bench-smoke: $(VENV)/extra-bench
+	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --smoke --results "$$folder"; done; \
+	$(BIN)/python benchmarks/report.py --results "$$folder" --report "$$folder/report.md"
+
+report: $(VENV)/extra-bench
+	$(BIN)/python benchmarks/report.py
 
 # Builds into build/asan with gcc and libasan (Debian: gcc); findings are left in build/asan/findings.
 FUZZ_SECONDS ?= 60

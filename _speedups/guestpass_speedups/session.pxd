@@ -161,6 +161,7 @@ cdef class Stream:
 
     # What the owner calls.
     cdef int send_head_raw(self, const unsigned char *head, Py_ssize_t size, bint interim, bint fin) except -1
+    cdef bint send_bytes(self, bytes data, bint fin) except -1      # as `send`: kept, not copied
     cdef bint send_raw(self, const unsigned char *data, Py_ssize_t size, bint fin) except -1
     cdef int consumed(self, uint64_t size) except -1
     cdef int abandon(self, uint32_t code) except -1

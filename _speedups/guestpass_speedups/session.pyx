@@ -520,6 +520,9 @@ cdef class Stream:
         that was reset, or whose tunnel is gone, data is dropped and the answer is False as well. Raises
         RuntimeError after FIN, and at a gateway before the final head.
         """
+        return self.send_bytes(data, fin)
+
+    cdef bint send_bytes(self, bytes data, bint fin) except -1:
         if not self._accept_send():
             return False
         self._check_head()
@@ -536,7 +539,7 @@ cdef class Stream:
         return not self.want_writable
 
     cdef bint send_raw(self, const unsigned char *data, Py_ssize_t size, bint fin) except -1:
-        return self.send(PyBytes_FromStringAndSize(<const char *> data, size), fin=fin)
+        return self.send_bytes(PyBytes_FromStringAndSize(<const char *> data, size), fin)
 
     def send_trailers(self, bytes trailers not None):
         """Ends this direction with trailer fields. Raises as `send` and `send_head`."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -12,7 +14,7 @@ import os
 import socket
 import termios
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +31,8 @@ from guestpass.plugin import RequestContext
 from guestpass_speedups.session import ErrorCode
 
 MB = 1 << 20
+
+Start = Callable[..., contextlib.AbstractAsyncContextManager[Stack]]
 
 
 @dataclass
@@ -141,9 +145,15 @@ def url_of(app: web.AppRunner) -> str:
     return f"http://{host}:{port}"
 
 
+@pytest.fixture(params=["fast", "aiohttp"])
+def start(request: pytest.FixtureRequest) -> Start:
+    """`running`, with either lane."""
+    return functools.partial(running, lane=request.param)
+
+
 @pytest.fixture
-async def stack(app: web.AppRunner, tmp_path: Path) -> AsyncIterator[Stack]:
-    async with running(tmp_path, url_of(app)) as it:
+async def stack(app: web.AppRunner, start: Start, tmp_path: Path) -> AsyncIterator[Stack]:
+    async with start(tmp_path, url_of(app)) as it:
         yield it
 
 
@@ -332,9 +342,9 @@ async def test_strangers(stack: Stack) -> None:
     assert await status({"Host": f"{other}.localhost:{stack.port}", **stack.authorization}) == 401
 
 
-async def test_scope(app: web.AppRunner, tmp_path: Path) -> None:
+async def test_scope(app: web.AppRunner, start: Start, tmp_path: Path) -> None:
     share = {"path": "/reports/", "scope": ["GET /reports/**", "POST /reports/*/comments"]}
-    async with running(tmp_path, url_of(app), share=share) as stack:
+    async with start(tmp_path, url_of(app), share=share) as stack:
         for method, path, status in (
             ("GET", "/reports/7?x=/../y", 200),
             ("HEAD", "/reports/7", 200),
@@ -349,8 +359,10 @@ async def test_scope(app: web.AppRunner, tmp_path: Path) -> None:
             ), path
 
 
-async def test_the_gateways_own_rules_hold_whatever_the_edge_asks(app: web.AppRunner, tmp_path: Path) -> None:
-    async with running(tmp_path, url_of(app), service={"paths": ["/public/**"], "methods": ["GET"]}) as stack:
+async def test_the_gateways_own_rules_hold_whatever_the_edge_asks(
+    app: web.AppRunner, start: Start, tmp_path: Path
+) -> None:
+    async with start(tmp_path, url_of(app), service={"paths": ["/public/**"], "methods": ["GET"]}) as stack:
         assert (await stack.get("/public/x")).status == 200
         assert (await stack.get("/private")).status == 403
         assert (await stack.get("/public/x", method="POST", data=b"x")).status == 403
@@ -571,8 +583,10 @@ async def test_drain_lets_what_runs_finish(app: web.AppRunner, stack: Stack) -> 
 # ── gateways and applications that fail ───────────────────────────────────────────────────────────────────────────
 
 
-async def test_sessions_move_when_their_gateway_goes(app: web.AppRunner, tmp_path: Path) -> None:
-    async with running(tmp_path, url_of(app), gateways=2) as stack:
+async def test_sessions_move_when_their_gateway_goes(
+    app: web.AppRunner, start: Start, tmp_path: Path
+) -> None:
+    async with start(tmp_path, url_of(app), gateways=2) as stack:
         assert (await stack.get("/")).status == 200
         (grant,) = stack.edge.grants._by_session.values()
         first = grant.gateway
@@ -584,7 +598,7 @@ async def test_sessions_move_when_their_gateway_goes(app: web.AppRunner, tmp_pat
         assert grant.gateway not in (None, first)
 
 
-async def test_a_lost_tunnel_with_another_beside_it(tmp_path: Path) -> None:
+async def test_a_lost_tunnel_with_another_beside_it(start: Start, tmp_path: Path) -> None:
     """What waits on a tunnel that is lost goes out again on the other one, if it may be repeated; else 502 at once."""
     asked: list[bytes] = []
     go = asyncio.Event()
@@ -594,7 +608,7 @@ async def test_a_lost_tunnel_with_another_beside_it(tmp_path: Path) -> None:
         await go.wait()
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 
-    async with RawServer(talk) as server, running(tmp_path, server.url) as stack:
+    async with RawServer(talk) as server, start(tmp_path, server.url) as stack:
         for method, status in (("GET", 200), ("POST", 502)):
             asked.clear()
             go.clear()
@@ -610,9 +624,11 @@ async def test_a_lost_tunnel_with_another_beside_it(tmp_path: Path) -> None:
             assert asked == [method.encode()] * (2 if method == "GET" else 1)
 
 
-async def test_a_service_that_is_down_behind_one_gateway(app: web.AppRunner, tmp_path: Path) -> None:
+async def test_a_service_that_is_down_behind_one_gateway(
+    app: web.AppRunner, start: Start, tmp_path: Path
+) -> None:
     """The gateway finds out by the request itself, and another one serves it."""
-    async with running(tmp_path, url_of(app), gateways=2) as stack:
+    async with start(tmp_path, url_of(app), gateways=2) as stack:
         assert (await stack.get("/")).status == 200
         (grant,) = stack.edge.grants._by_session.values()
         first = grant.gateway
@@ -643,8 +659,8 @@ async def test_a_drained_edge_asks_its_gateways_to_leave(app: web.AppRunner, sta
     assert stack.edge.tunnels.status() == []
 
 
-async def test_sessions_spread_over_gateways(app: web.AppRunner, tmp_path: Path) -> None:
-    async with running(tmp_path, url_of(app), gateways=2) as stack:
+async def test_sessions_spread_over_gateways(app: web.AppRunner, start: Start, tmp_path: Path) -> None:
+    async with start(tmp_path, url_of(app), gateways=2) as stack:
         for _ in range(30):
             stack.token = await stack.new_token(stack.share_id)
             assert (await stack.get("/")).status == 200
@@ -689,29 +705,29 @@ async def test_service_down_is_a_502_page_with_an_id(app: web.AppRunner, stack: 
         (b"", 502),
     ],
 )
-async def test_malformed_answers(tmp_path: Path, answer: bytes, status: int) -> None:
+async def test_malformed_answers(start: Start, tmp_path: Path, answer: bytes, status: int) -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_head(reader)
         writer.write(answer)
 
-    async with RawServer(talk) as server, running(tmp_path, server.url) as stack:
+    async with RawServer(talk) as server, start(tmp_path, server.url) as stack:
         assert (await stack.get("/")).status == status
 
 
-async def test_early_hints_are_passed_on(tmp_path: Path) -> None:
+async def test_early_hints_are_passed_on(start: Start, tmp_path: Path) -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_head(reader)
         writer.write(b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 
-    async with RawServer(talk) as server, running(tmp_path, server.url) as stack:
+    async with RawServer(talk) as server, start(tmp_path, server.url) as stack:
         received = await stack.raw(stack.head("GET", "/", "Connection: close"))
         assert received.startswith(
             b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\nHTTP/1.1 200 OK\r\n"
         )
 
 
-async def test_a_body_that_breaks_off_is_seen_by_the_visitor(tmp_path: Path) -> None:
+async def test_a_body_that_breaks_off_is_seen_by_the_visitor(start: Start, tmp_path: Path) -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await read_head(reader)
         if b"/chunked" in head:
@@ -719,7 +735,7 @@ async def test_a_body_that_breaks_off_is_seen_by_the_visitor(tmp_path: Path) -> 
         else:
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello")
 
-    async with RawServer(talk) as server, running(tmp_path, server.url) as stack:
+    async with RawServer(talk) as server, start(tmp_path, server.url) as stack:
         for path in ("/chunked", "/length"):
             received = await stack.raw(stack.head("GET", path, "Connection: close"))
             # Either the head went out and the connection is cut, or it did not and there is an error to answer.
@@ -727,14 +743,14 @@ async def test_a_body_that_breaks_off_is_seen_by_the_visitor(tmp_path: Path) -> 
             assert not whole or received.startswith(b"HTTP/1.1 502 "), received
 
 
-async def test_an_answer_before_the_upload_ended(tmp_path: Path) -> None:
+async def test_an_answer_before_the_upload_ended(start: Start, tmp_path: Path) -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_head(reader)
         writer.write(b"HTTP/1.1 413 Payload Too Large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nbig")
         await writer.drain()
         await asyncio.sleep(0.2)
 
-    async with RawServer(talk) as server, running(tmp_path, server.url) as stack:
+    async with RawServer(talk) as server, start(tmp_path, server.url) as stack:
         reader, writer = await asyncio.open_connection("127.0.0.1", stack.port)
         writer.write(stack.head("POST", "/", f"Content-Length: {50 * MB}") + b"x" * 65536)
         head = await read_head(reader)
@@ -768,7 +784,10 @@ async def test_metrics_and_health(stack: Stack) -> None:
     async with stack.session.get(stack.metrics_url) as response:
         assert response.status == 200
         text = await response.text()
-    assert 'guestpass_requests_total{code_class="2xx",lane="aiohttp",service="dash"} 1.0' in text
+    lane = "fast" if stack.edge.lane.fast else "aiohttp"
+    assert f'guestpass_requests_total{{code_class="2xx",lane="{lane}",service="dash"}} 1.0' in text
+    assert "guestpass_request_seconds_count 1.0" in text
+    assert 'guestpass_request_seconds_bucket{le="+Inf"} 1.0' in text
     assert 'guestpass_tunnels{gateway="gw-1",site="plant"} 2.0' in text
     assert EMAIL not in text
     assert stack.share_id not in text

@@ -23,8 +23,8 @@ async def hello(request: web.Request) -> web.StreamResponse:
     return socket
 
 
-@pytest.fixture
-async def stack(tmp_path: Path) -> AsyncIterator[Stack]:
+@pytest.fixture(params=["fast", "aiohttp"])
+async def stack(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Stack]:
     app = web.Application()
     app.router.add_route("*", "/", hello)
     runner = web.AppRunner(app)
@@ -32,7 +32,7 @@ async def stack(tmp_path: Path) -> AsyncIterator[Stack]:
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host, port = runner.addresses[0][:2]
     try:
-        async with running(tmp_path, f"http://{host}:{port}") as found:
+        async with running(tmp_path, f"http://{host}:{port}", lane=request.param) as found:
             yield found
     finally:
         await runner.cleanup()
@@ -43,6 +43,8 @@ async def browser_of(stack: Stack, share_id: str) -> dict[str, str]:
     service = stack.edge.service
     client = Client("127.0.0.1")
     _, secret = await service.open_session(share_id, EMAIL, SessionKind.COOKIE, "test", client)
+    if stack.edge.lane.fast:
+        await stack.warm(share_id, secret, SessionKind.COOKIE)
     return {"Host": f"{share_id}.localhost:{stack.port}", "Cookie": f"__Host-guestpass={secret}"}
 
 

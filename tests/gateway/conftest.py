@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest_asyncio
 from support import tunnel
-from support.upstream import Rig
+from support.upstream import Rig, new_session
 
 
 @pytest_asyncio.fixture
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     async with tunnel.edge(tmp_path, tls=False) as edge:
-        gateway = tunnel.TestGateway()
+        gateway = tunnel.TestGateway(new_session=new_session)
         edge.enrol(gateway.key)
         await gateway.join(edge)
         made = Rig(edge, gateway)

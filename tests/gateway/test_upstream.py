@@ -559,10 +559,10 @@ async def test_download_with_a_slow_reader_stays_bounded(rig: Rig) -> None:
         while sent != before:
             before = sent
             await asyncio.sleep(0.1)
-        far = rig.gateway.streams[0]
+        far = rig.far()
         link = rig.gateway.links[0].transport
         assert link is not None
-        assert far._raw.queued < 1 << 20
+        assert far.queued < 1 << 20
         assert link.get_write_buffer_size() < 1 << 20
         assert stream.buffered <= stream._raw.window
         got = 0
@@ -605,8 +605,8 @@ async def test_upload_to_a_slow_service_stays_bounded(rig: Rig) -> None:
         while sent != before:
             before = sent
             await asyncio.sleep(0.1)
-        far = rig.gateway.streams[0]
-        assert far.buffered <= far._raw.window
+        far = rig.far()
+        assert far.held_bytes <= far.window
         assert stream._raw.queued < 1 << 20
         go.set()
         async with asyncio.timeout(30):
@@ -699,6 +699,37 @@ async def test_unix_socket(rig: Rig, tmp_path: Path) -> None:
         assert upstream.services() == {"dash": {"healthy": True, "detail": "", "url_scheme": "unix"}}
         assert (await rig.ask("GET / HTTP/1.1")).body == b"ok"
         assert b"\r\nHost: localhost\r\n" in seen[0]
+
+
+@pytest.mark.parametrize("unix", [False, True])
+async def test_many_streams_at_once_share_connections(rig: Rig, tmp_path: Path, unix: bool) -> None:
+    """Ten visitors' worth at a time, again and again: connections are made for the first of them only."""
+    at_once = 60
+    numbers: set[int] = set()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            number = int(head.split(b" ")[1][1:])
+            assert number not in numbers
+            numbers.add(number)
+            await asyncio.sleep(0)
+            body = b"%d" % number * 1000
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body))
+            writer.write(body)
+
+    async with serving(talk, path=tmp_path / "app.sock" if unix else None) as app:
+        rig.use(dash=app.url)
+        for turn in range(10):
+            first = turn * at_once
+            found = await asyncio.gather(
+                *(rig.ask(f"GET /{number} HTTP/1.1") for number in range(first, first + at_once))
+            )
+            assert [answer.body for answer in found] == [
+                b"%d" % number * 1000 for number in range(first, first + at_once)
+            ]
+        assert len(numbers) == 10 * at_once
+        assert app.connections == app.open <= at_once
 
 
 async def test_health_follows_the_service(rig: Rig, tmp_path: Path) -> None:

@@ -15,15 +15,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+from aiohttp.test_utils import make_mocked_request
 from support.programs import free_port
 from yarl import URL
 
 from guestpass.config import EdgeConfig, GatewayConfig, parse
 from guestpass.edge.app import Edge
+from guestpass.edge.keys import CLIENT
 from guestpass.gateway.agent import Agent
 from guestpass.gateway.enroll import enroll
 from guestpass.local_ca import write_certificates
-from guestpass.model import Scope
+from guestpass.model import Scope, SessionKind
+from guestpass.plugin import Client
 from guestpass.shares.service import NewShare
 
 SITE = "plant"
@@ -113,6 +116,24 @@ class Stack:
             await writer.wait_closed()
         return received
 
+    async def warm(self, share_id: str, secret: str, kind: SessionKind = SessionKind.TOKEN) -> None:
+        """Have the edge meet a secret: its first request is always aiohttp's. The application is not asked."""
+        request = make_mocked_request("GET", "/", headers={"Authorization": f"Bearer {secret}"})
+        request[CLIENT] = Client("127.0.0.1")
+        grant = await self.edge.admission.restore(share_id, kind, secret, request)
+        self.edge.lane.learn(grant, secret)
+        assert grant.entry is not None
+
+    def answered(self, lane: str) -> int:
+        """Requests that a lane has answered."""
+        found = self.edge.metrics.registry.collect()
+        (requests,) = (metric for metric in found if metric.name == "guestpass_requests")
+        return sum(
+            int(sample.value)
+            for sample in requests.samples
+            if sample.name.endswith("_total") and sample.labels["lane"] == lane
+        )
+
     def head(self, method: str, path: str, *lines: str) -> bytes:
         """A request head with the share's token, to be sent as bytes."""
         first = (f"{method} {path} HTTP/1.1", f"Host: {self.host}", f"Authorization: Bearer {self.token}")
@@ -165,8 +186,10 @@ async def running(
     service: Mapping[str, Any] | None = None,
     edge: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
+    lane: str | None = None,
 ) -> AsyncIterator[Stack]:
-    """An edge with `gateways` gateways in front of `app_url`, and a share with a token."""
+    """An edge with `gateways` gateways in front of `app_url`, and a share with a token. `lane`: "aiohttp" switches the
+    fast lane off, "fast" makes sure that it serves the first request of the test."""
     port, tunnel_port = free_port(), free_port()
     ca, cert, key = write_certificates(folder, ("localhost", "127.0.0.1", "::1"))
     settings = {
@@ -180,6 +203,7 @@ async def running(
             "outbox": str(folder / "outbox"),
             "tls": {"cert": str(cert), "key": str(key)},
             "drain_seconds": 1,
+            "fast_lane": lane != "aiohttp",
             **(edge or {}),
         },
     }
@@ -204,6 +228,8 @@ async def running(
                     await stack.add_gateway(f"gw-{number}", **(service or {}))
                 stack.share_id = await stack.new_share(**(share or {}))
                 stack.token = await stack.new_token(stack.share_id)
+                if lane == "fast":
+                    await stack.warm(stack.share_id, stack.token)
                 yield stack
             finally:
                 for name in list(stack.agents):

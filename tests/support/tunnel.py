@@ -20,7 +20,7 @@ from guestpass.model import Event
 from guestpass.mux.handshake import Hello
 from guestpass.mux.link import End, GatewayLink
 from guestpass.mux.stream import TunnelStream
-from guestpass_speedups.session import Budget
+from guestpass_speedups.session import Budget, Session
 
 SITE = "plant"
 NAME = "plant-1"
@@ -141,6 +141,7 @@ class TestGateway:
     epoch: int = 1
     edge_name: str | None = None
     serve: Callable[[TunnelStream, str, bytes], Awaitable[None]] | None = None
+    new_session: Callable[..., Session] | None = None
     budget: Budget = field(default_factory=Budget)
     ready: int = 0
     infos: list[Any] = field(default_factory=list)
@@ -175,6 +176,7 @@ class TestGateway:
             name=self.name,
             key=self.key,
             serve=self._serve,
+            new_session=self.new_session,
             edge_name=self.edge_name,
         )
 

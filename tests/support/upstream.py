@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from support import tunnel
 from support.tunnel import NAME, SERVICE, SITE, until
@@ -15,6 +15,11 @@ from support.tunnel import NAME, SERVICE, SITE, until
 from guestpass.config import Service
 from guestpass.gateway.upstream import Limits, Upstream
 from guestpass.mux.stream import TunnelStream
+from guestpass_speedups.session import Budget
+from guestpass_speedups.upstream import Services, UpstreamSession, UpstreamStream
+
+if TYPE_CHECKING:
+    from guestpass_speedups.session import SessionHandler
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -37,6 +42,13 @@ class Answer:
         return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
 
 
+def new_session(handler: SessionHandler, budget: Budget, **limits: Any) -> UpstreamSession:
+    """Without a service yet: see `Rig.use`."""
+    session = UpstreamSession(False, handler, budget, **limits)
+    session.services = Services()
+    return session
+
+
 @dataclass
 class Rig:
     """An edge, one tunnel, and an `Upstream` at its far end."""
@@ -53,8 +65,15 @@ class Rig:
             for name, settings in services.items()
         }
         made = self.upstream = Upstream(configured, on_health=self._changed, limits=limits)
-        self.gateway.serve = made.serve
+        for link in self.gateway.links:
+            cast(UpstreamSession, link.session).services = made.table
         return made
+
+    def far(self, service: str = SERVICE) -> UpstreamStream:
+        """The only live stream of a service, at the gateway."""
+        assert self.upstream is not None
+        (stream,) = self.upstream._targets[service].streams
+        return stream
 
     def _changed(self) -> None:
         assert self.upstream is not None

@@ -32,6 +32,7 @@ from guestpass.edge.api import routes as api_routes
 from guestpass.edge.assertion import Signer, write_private
 from guestpass.edge.console import Console
 from guestpass.edge.events import EventHub
+from guestpass.edge.front import HANDLER_KEEPALIVE, Answered, FastLane, House, bare_lane
 from guestpass.edge.grants import GrantTable
 from guestpass.edge.keys import CLIENT, SCHEME, SHARE_ID
 from guestpass.edge.listener import Listener
@@ -49,12 +50,10 @@ from guestpass.shares.courier import Courier
 from guestpass.shares.service import ShareService
 from guestpass.shares.store import Store
 from guestpass.tokens import API_KEY_PREFIX, new_secret
+from guestpass_speedups.relay import Lane
 from guestpass_speedups.session import Budget
 
 log = logging.getLogger("guestpass.edge")
-
-# How long an idle keep-alive connection of a visitor stays; nginx's default.
-KEEPALIVE_TIMEOUT = 75.0
 
 # aiohttp's limits for one line of a request head; the whole head is capped by `headers.MAX_HEAD`.
 MAX_LINE = 16 * 1024
@@ -84,6 +83,7 @@ class Edge:
     def __init__(self, config: EdgeConfig) -> None:
         self.config = config
         self._listeners: list[Listener] = []
+        self._lanes: list[Lane] = []
         self._admin: Listener | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._cleanups: list[Callable[[], Awaitable[None]]] = []
@@ -153,6 +153,15 @@ class Edge:
             events=self.events,
             metrics=self.metrics,
         )
+        self.lane = FastLane(
+            grants=self.grants,
+            tunnels=self.tunnels,
+            signer=self.signer,
+            origins=self.origins,
+            # Filters see every request, and they are Python.
+            fast=edge.fast_lane and not self.plugins.filters,
+        )
+        self._lanes.append(self.lane)
         self.relay = Relay(
             grants=self.grants,
             admission=self.admission,
@@ -162,7 +171,9 @@ class Edge:
             signer=self.signer,
             metrics=self.metrics,
             share_origin=self.origins.share_origin,
+            learn=self.lane.learn,
         )
+        self.metrics.watch_lane(lambda: self.lane.services.values(), lambda: self.lane.durations)
         self.metrics.watch(
             grants=lambda: len(self.grants),
             streams=lambda: self.grants.all_streams,
@@ -197,11 +208,19 @@ class Edge:
             api_key=api_key,
             origins=self.origins,
         )
-        visitor = await self._visitor_app(api, console)
+        house = House(
+            lane=self.lane,
+            handler=await self._visitor_app(api, console),
+            tunnel=self.tunnels.accept,
+            pages=self.pages,
+            refused=self._count_refused,
+            trusted_proxies=edge.trusted_proxies,
+            scheme=self.origins.scheme,
+        )
         admin_url = await self._admin_app()
         for url in edge.listen:
             listener = Listener(url, self._tls)
-            await listener.start(visitor, self.tunnels.accept)
+            await listener.start(house.front)
             self._listeners.append(listener)
         self._tasks.append(asyncio.create_task(self._sweep(), name="sweep"))
         return {
@@ -249,6 +268,8 @@ class Edge:
                 await cleanup()
             except Exception:
                 log.exception("while stopping")
+        for lane in self._lanes:
+            lane.close()
 
     def reload(self) -> None:
         """SIGHUP: certificates are read again; a configuration with faults changes nothing. Live streams stay."""
@@ -338,10 +359,11 @@ class Edge:
         runner = web.AppRunner(
             app,
             handler_cancellation=True,
-            access_log=None,
+            access_log=log,
+            access_log_class=Answered,
             logger=_ServerLog(self.metrics),
             auto_decompress=False,
-            keepalive_timeout=KEEPALIVE_TIMEOUT,
+            keepalive_timeout=HANDLER_KEEPALIVE,
             max_line_size=MAX_LINE,
             max_field_size=MAX_LINE,
             max_headers=h.MAX_FIELDS,
@@ -364,7 +386,7 @@ class Edge:
         try:
             return await self._dispatch(request, handler)
         except h.BadRequest as exc:
-            self.metrics.refused.labels(str(exc.status)).inc()
+            self._count_refused(exc.status)
             response = self.pages.error(exc.status, request=request, message=exc.reason)
             response.force_close()
             return response
@@ -412,6 +434,9 @@ class Edge:
             raise web.HTTPNotFound
         return await handler(request)
 
+    def _count_refused(self, status: int) -> None:
+        self.metrics.refused.labels(str(status)).inc()
+
     async def _jwks(self, request: web.Request) -> web.Response:
         return web.Response(
             body=orjson.dumps(self.signer.jwks),
@@ -436,13 +461,29 @@ class Edge:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
-        runner = web.AppRunner(app, access_log=None, logger=_ServerLog(self.metrics), shutdown_timeout=1.0)
+        runner = web.AppRunner(
+            app,
+            access_log=log,
+            access_log_class=Answered,
+            logger=_ServerLog(self.metrics),
+            keepalive_timeout=HANDLER_KEEPALIVE,
+            shutdown_timeout=1.0,
+        )
         await runner.setup()
         self._cleanups.append(runner.cleanup)
         server = runner.server
         assert server is not None
         listener = Listener(f"http://{self.config.edge.admin_listen}", None)
-        await listener.start(server, lambda transport, head, rest: transport.abort())
+        lane = bare_lane()
+        self._lanes.append(lane)
+        house = House(
+            lane=lane,
+            handler=server,
+            tunnel=lambda transport, head, rest: transport.abort(),
+            pages=self.pages,
+            refused=self._count_refused,
+        )
+        await listener.start(house.front)
         self._admin = listener
         return listener.url
 

@@ -28,6 +28,19 @@ MAX_TIMER = 86_400.0
 Key = TypeVar("Key")
 
 
+class Indexed(Protocol):
+    """What the fast lane keeps of a grant, under the secret itself."""
+
+    @property
+    def secret(self) -> bytes: ...
+
+    def dropped(self) -> None:
+        """The grant is no longer in force."""
+
+    def moved(self) -> None:
+        """The grant has another gateway."""
+
+
 class LiveStream(Protocol):
     """Something open on behalf of a grant."""
 
@@ -63,6 +76,7 @@ class Grant:
         b""  # identity fields for the application, made by the relay, with an expiry of their own
     )
     headers_until: float = 0.0
+    entry: Indexed | None = None
     _timer: asyncio.TimerHandle | None = None
 
     @property
@@ -102,6 +116,9 @@ class GrantTable:
         self._by_share: defaultdict[str, set[Grant]] = defaultdict(set)
         self._by_recipient: defaultdict[str, set[Grant]] = defaultdict(set)
         self._by_session: dict[str, Grant] = {}
+        # The fast lane's: what came as a cookie is not good as a token, nor the other way round.
+        self.cookies: dict[bytes, Indexed] = {}
+        self.tokens: dict[bytes, Indexed] = {}
         self._by_gateway: defaultdict[tuple[str, str], set[Grant]] = defaultdict(set)
         self._by_site: defaultdict[str, set[Grant]] = defaultdict(set)
         self.generation = 0  # rises with each revocation: see `add`
@@ -118,10 +135,23 @@ class GrantTable:
         if grant.expired(now):
             self._end(grant, "expired")
             return None
+        self.used(grant, now)
+        return grant
+
+    def used(self, grant: Grant, now: float) -> None:
+        """The grant admits a request."""
         grant.last_used = now
         if self._touched is not None:
             self._touched(grant.session.id, now)
-        return grant
+
+    def index(self, grant: Grant, entry: Indexed) -> None:
+        """Find the grant by its secret as well, until it is dropped."""
+        if self._by_digest.get((grant.kind, grant.digest)) is grant and grant.entry is None:
+            grant.entry = entry
+            self._index_of(grant)[entry.secret] = entry
+
+    def _index_of(self, grant: Grant) -> dict[bytes, Indexed]:
+        return self.cookies if grant.kind is SessionKind.COOKIE else self.tokens
 
     def add(self, grant: Grant, generation: int) -> bool:
         """Put a grant in force. `generation` is the table's from *before* the store was asked: when something was
@@ -155,6 +185,8 @@ class GrantTable:
         if grant.gateway is not None:
             self._discard(self._by_gateway, (grant.site, grant.gateway), grant)
         grant.gateway = gateway
+        if grant.entry is not None:
+            grant.entry.moved()
         if self._by_session.get(grant.session.id) is grant:
             self._by_gateway[(grant.site, gateway)].add(grant)
 
@@ -250,6 +282,10 @@ class GrantTable:
     def _drop(self, grant: Grant) -> None:
         if self._by_digest.get((grant.kind, grant.digest)) is grant:
             del self._by_digest[(grant.kind, grant.digest)]
+        if grant.entry is not None:
+            grant.entry.dropped()
+            self._index_of(grant).pop(grant.entry.secret, None)
+            grant.entry = None
         if self._by_session.get(grant.session.id) is grant:
             del self._by_session[grant.session.id]
         self._discard(self._by_share, grant.share.id, grant)

@@ -250,6 +250,11 @@ def client_address(
     return address
 
 
+def is_trusted(peer: str, trusted: Iterable[ipaddress.IPv4Network | ipaddress.IPv6Network]) -> bool:
+    """Whether the peer may say for whom it asks."""
+    return _within(peer, tuple(trusted))
+
+
 def _within(address: str, networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]) -> bool:
     try:
         ip = ipaddress.ip_address(address)

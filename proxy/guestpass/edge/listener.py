@@ -1,83 +1,22 @@
-"""Accepted sockets of the edge.
+"""Listening sockets of the edge. What is accepted belongs to `guestpass.edge.front`.
 
-`Front` owns every accepted connection until its first request line has come. A tunnel handshake goes to the tunnel
-acceptor for good; anything else to aiohttp for good (a gateway's connection is never also a visitor's). Plain sockets
-are the event loop's own, TLS sockets aiofastnet's: see `guestpass.loop`.
+Plain sockets are the event loop's own, TLS sockets aiofastnet's: see `guestpass.loop`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import socket
 import ssl
 from collections.abc import Callable
-from typing import cast
 from urllib.parse import urlsplit
 
 from guestpass import loop
 from guestpass.errors import ConfigError, PortTaken
 
-log = logging.getLogger("guestpass.edge.listener")
-
-TUNNEL_REQUEST = b"GET /.guestpass/tunnel "
-
-# Longest wait for a first request. A browser's spare connections are closed then; it opens new ones as it needs them.
-FIRST_REQUEST_TIMEOUT = 30.0
-
-# A tunnel handshake has a dozen short fields.
-MAX_TUNNEL_HEAD = 8 * 1024
-
 # Connections that wait in the kernel for accept().
 BACKLOG = 1024
-
-Accept = Callable[[asyncio.Transport, bytes, bytes], None]
-
-
-class Front(asyncio.Protocol):
-    """First protocol of an accepted connection."""
-
-    def __init__(self, visitor: Callable[[], asyncio.BaseProtocol], tunnel: Accept) -> None:
-        self._visitor = visitor
-        self._tunnel = tunnel
-        self._received = b""
-        self._transport: asyncio.Transport | None = None
-        self._timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._timer = asyncio.get_running_loop().call_later(FIRST_REQUEST_TIMEOUT, self._transport.abort)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
-        self._transport = None
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def data_received(self, data: bytes) -> None:
-        assert self._transport is not None
-        self._received += data
-        beginning = self._received[: len(TUNNEL_REQUEST)]
-        if not TUNNEL_REQUEST.startswith(beginning):
-            self._to_visitor()
-        elif (end := self._received.find(b"\r\n\r\n")) >= 0:
-            self._stop_timer()
-            self._tunnel(self._transport, self._received[: end + 4], self._received[end + 4 :])
-        elif len(self._received) > MAX_TUNNEL_HEAD:
-            self._transport.abort()
-
-    def _to_visitor(self) -> None:
-        transport = self._transport
-        assert transport is not None
-        self._stop_timer()
-        protocol = cast(asyncio.Protocol, self._visitor())
-        transport.set_protocol(protocol)
-        protocol.connection_made(transport)
-        protocol.data_received(self._received)
 
 
 class Listener:
@@ -93,15 +32,13 @@ class Listener:
         self._server: asyncio.AbstractServer | None = None
         self.url = url
 
-    async def start(self, visitor: Callable[[], asyncio.BaseProtocol], tunnel: Accept) -> None:
+    async def start(self, front: Callable[[], asyncio.BaseProtocol]) -> None:
         """Bind and accept. Raises PortTaken, ConfigError."""
         sock = bind(self._host, self._port)
         self._port = sock.getsockname()[1]
         host = f"[{self._host}]" if ":" in self._host else self._host
         self.url = f"{self.scheme}://{host}:{self._port}"
-        self._server = await loop.create_server(
-            lambda: Front(visitor, tunnel), sock=sock, ssl=self._tls, backlog=BACKLOG
-        )
+        self._server = await loop.create_server(front, sock=sock, ssl=self._tls, backlog=BACKLOG)
 
     def close(self) -> None:
         """Stop accepting; open connections stay."""

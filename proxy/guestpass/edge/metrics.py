@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -15,6 +17,20 @@ REASONS = frozenset(
     + ("ended_by_owner", "replaced", "signed_out", "max_sessions", "denied", "plugin_failed")
 )
 
+# Upper bounds of the buckets of durations, in seconds.
+DURATIONS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
+
+
+class Service(Protocol):
+    """What the fast lane counts of a service's answers."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def counts(self) -> Iterable[tuple[str, int]]:
+        """Classes of status, and how many."""
+
 
 class Metrics:
     """Counters that the edge's parts increase; `watch` adds what is read when somebody asks."""
@@ -22,17 +38,18 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
+        # These two are what aiohttp's lane counts; the fast lane's own counters join them when somebody asks.
         self.requests = Counter(
             "guestpass_requests",
             "Requests answered on share origins",
             ("service", "code_class", "lane"),
-            registry=self.registry,
+            registry=None,
         )
         self.request_seconds = Histogram(
             "guestpass_request_seconds",
             "From the request head to the last byte of the response (upgraded connections are not counted)",
-            registry=self.registry,
-            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60),
+            registry=None,
+            buckets=DURATIONS,
         )
         self.admissions = Counter(
             "guestpass_admissions", "Sessions asked for", ("plugin", "outcome"), registry=self.registry
@@ -68,6 +85,13 @@ class Metrics:
         if error:
             self.plugin_errors.labels(plugin, hook).inc()
 
+    def watch_lane(
+        self, services: Callable[[], Iterable[Service]], durations: Callable[[], tuple[list[int], float]]
+    ) -> None:
+        """`durations` gives the fast lane's answers by bucket of DURATIONS, with a last one for the rest, and the sum
+        of their seconds."""
+        self.registry.register(_Requests(self.requests, self.request_seconds, services, durations))
+
     def watch(
         self,
         *,
@@ -80,6 +104,44 @@ class Metrics:
         Gauge("guestpass_grants", "Grants in force", registry=self.registry).set_function(grants)
         Gauge("guestpass_streams", "Live streams", registry=self.registry).set_function(streams)
         self.registry.register(_Tunnels(tunnels, tunnel_bytes))
+
+
+class _Requests(Collector):
+    """Both lanes' answers under one name."""
+
+    def __init__(
+        self,
+        requests: Counter,
+        seconds: Histogram,
+        services: Callable[[], Iterable[Service]],
+        durations: Callable[[], tuple[list[int], float]],
+    ) -> None:
+        self._requests = requests
+        self._seconds = seconds
+        self._services = services
+        self._durations = durations
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in self._requests.collect():
+            for service in self._services():
+                for code_class, count in service.counts:
+                    labels = {"service": service.name, "code_class": code_class, "lane": "fast"}
+                    metric.add_sample(metric.name + "_total", labels, count)
+            yield metric
+        buckets, total = self._durations()
+        for metric in self._seconds.collect():
+            samples = []
+            reached = iter(itertools.accumulate(buckets))
+            for sample in metric.samples:
+                if sample.name.endswith("_bucket"):
+                    sample = sample._replace(value=sample.value + next(reached))
+                elif sample.name.endswith("_count"):
+                    sample = sample._replace(value=sample.value + sum(buckets))
+                elif sample.name.endswith("_sum"):
+                    sample = sample._replace(value=sample.value + total)
+                samples.append(sample)
+            metric.samples = samples
+            yield metric
 
 
 class _Tunnels(Collector):

@@ -177,8 +177,10 @@ class Relay:
         signer: Signer,
         metrics: Metrics,
         share_origin: Callable[[str], str],
+        learn: Callable[[Grant, str], None] | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
+        """`learn(grant, secret)` is told which secret a grant was found by."""
         self._grants = grants
         self._admission = admission
         self._tunnels = tunnels
@@ -187,6 +189,7 @@ class Relay:
         self._signer = signer
         self._metrics = metrics
         self._share_origin = share_origin
+        self._learn = learn
         self._now = now
         self.leaving = False
         """The edge is being drained: no connection is kept for another request."""
@@ -245,6 +248,8 @@ class Relay:
                 return self._pages.error(503, request=request, error_id=exc.error_id)
             except Forbidden as exc:
                 return self._pages.error(403, request=request, message=exc.message)
+        if self._learn is not None:
+            self._learn(grant, secret)
         if kind is SessionKind.COOKIE and not self._same_origin(request, share_id):
             return self._pages.error(403, request=request, message="The request came from another site.")
         target = request.raw_path

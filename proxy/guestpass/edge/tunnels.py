@@ -28,7 +28,7 @@ from guestpass.mux import handshake
 from guestpass.mux.handshake import Hello, Proof, UpgradeRefused, Verdict
 from guestpass.mux.link import EdgeLink, End
 from guestpass.mux.stream import TunnelStream
-from guestpass_speedups.session import Budget, ErrorCode, StreamRefused
+from guestpass_speedups.session import Budget, ErrorCode, Session, StreamRefused
 
 log = logging.getLogger("guestpass.edge.tunnels")
 
@@ -118,6 +118,8 @@ class Tunnels:
         the binding off. `touched(site, name)` is called when a gateway connects, and every minute while it is."""
         self.on_gone: set[Callable[[str, str], None]] = set()
         """Called with (site, name) when the last tunnel of a gateway went."""
+        self.on_change: set[Callable[[], None]] = set()
+        """Called when a tunnel came or went, and when what a gateway reaches has changed."""
         self._edge_name = edge_name
         self._find_key = find_key
         self._budget = budget
@@ -238,6 +240,7 @@ class Tunnels:
             current = _Registered(peer.site, peer.name, peer.public_key, peer.epoch, time.time())
             gateways[peer.name] = current
         current.links.append(link)
+        self._changed()
         self._take_info(current, link)
         self._say_spread(link)
         if new:
@@ -282,6 +285,7 @@ class Tunnels:
         registered.services = peer.services
         registered.weight = peer.weight
         registered.labels = peer.labels
+        self._changed()
 
     def link_ended(self, link: EdgeLink, end: End) -> None:
         self._proven(link)
@@ -302,6 +306,7 @@ class Tunnels:
                 )
             return
         registered.links.remove(link)
+        self._changed()
         if registered.links:
             return
         gateways = self._sites[registered.site]
@@ -319,6 +324,10 @@ class Tunnels:
         self._touched(registered.site, registered.name)
         for callback in tuple(self.on_gone):
             callback(registered.site, registered.name)
+
+    def _changed(self) -> None:
+        for callback in tuple(self.on_change):
+            callback()
 
     def _registered(self, link: EdgeLink) -> _Registered | None:
         peer = link.peer
@@ -362,6 +371,13 @@ class Tunnels:
         """Whether a tunnel to the gateway takes new streams."""
         registered = self._sites.get(site, {}).get(name)
         return registered is not None and any(not link.draining for link in registered.links)
+
+    def sessions(self, site: str, name: str, service: str) -> tuple[Session, ...]:
+        """Sessions of the gateway's tunnels, if it reaches the service. Those that drain are among them."""
+        registered = self._sites.get(site, {}).get(name)
+        if registered is None or not registered.services.get(service):
+            return ()
+        return tuple(link.session for link in registered.links)
 
     def open(
         self, site: str, gateway: str, service: str, head: bytes, *, fin: bool, body: bytes = b""

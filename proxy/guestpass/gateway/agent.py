@@ -182,7 +182,7 @@ class Agent:
             site=gateway.site,
             name=gateway.name,
             key=self._key,
-            serve=self._upstream.serve,
+            new_session=self._upstream.new_session,
             edge_name=gateway.edge_name,
         )
 

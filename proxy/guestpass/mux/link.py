@@ -16,7 +16,8 @@ Rules that everything here follows:
    that nothing is read or written any more.
 
 Two ends: `EdgeLink` is handed an accepted connection after its upgrade request was checked; `GatewayLink` dials, sends
-the upgrade request, and serves what the edge opens, each stream by one task.
+the upgrade request, and serves what the edge opens: each stream by one task, or by a session that does it itself
+(`guestpass_speedups.upstream`).
 """
 
 from __future__ import annotations
@@ -573,6 +574,7 @@ class EdgeLink(Link):
 
 
 Serve = Callable[[TunnelStream, str, bytes], Coroutine[Any, Any, None]]
+NewSession = Callable[..., Session]
 
 
 class GatewayLink(Link):
@@ -588,17 +590,20 @@ class GatewayLink(Link):
         site: str,
         name: str,
         key: Ed25519PrivateKey,
-        serve: Serve,
+        serve: Serve | None = None,
+        new_session: NewSession | None = None,
         edge_name: str | None = None,
     ) -> None:
-        """`host`: authority for the Host field. `serve(stream, service, head)` is one stream's work. `edge_name`: who
-        the edge must say it is; None: whoever the certificate says."""
+        """`host`: authority for the Host field. `edge_name`: who the edge must say it is; None: whoever the certificate
+        says. One of: `serve(stream, service, head)` is one stream's work, done by a task; or `new_session(handler,
+        budget, **limits)` makes a session that serves its streams itself, without one."""
         super().__init__(owner, edge=False, budget=budget, hello=hello)
         self._host = host
         self._site = site
         self._name = name
         self._key = key
         self._serve = serve
+        self._own_session = new_session
         self._edge_name = edge_name
         self._websocket_key = handshake.new_websocket_key()
         self._upgrading = True
@@ -614,6 +619,11 @@ class GatewayLink(Link):
 
     def _who(self) -> str:
         return f"edge {self._host}"
+
+    def _new_session(self, handler: SessionHandler, budget: Budget, **limits: Any) -> Session:
+        if self._own_session is not None:
+            return self._own_session(handler, budget, **limits)
+        return super()._new_session(handler, budget, **limits)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -713,6 +723,8 @@ class GatewayLink(Link):
     def stream_opened(
         self, stream: Stream, service: str, interactive: bool, head: bytes, fin: bool
     ) -> TunnelStream | None:
+        if self._serve is None:
+            return None
         handler = TunnelStream(self._loop, stream, ended=fin)
         handler.serve(self._loop.create_task(self._serve(handler, service, head)))
         return handler

@@ -12,10 +12,11 @@ import mimetypes
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.resources import files
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import web
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from multidict import MultiMapping
 
 from guestpass.edge.origins import Origins
 
@@ -136,7 +137,7 @@ class Pages:
         *,
         error_id: str | None = None,
         retry_after: int | None = None,
-        request: web.BaseRequest | None = None,
+        request: Request | None = None,
         headers: Mapping[str, str] | None = None,
         title: str | None = None,
         message: str | None = None,
@@ -217,7 +218,17 @@ class Pages:
         )
 
 
-def wants_html(request: web.BaseRequest | None) -> bool:
+class Request(Protocol):
+    """What an answer's form depends on."""
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def headers(self) -> MultiMapping[str]: ...
+
+
+def wants_html(request: Request | None) -> bool:
     """Whether the client names HTML among what it accepts."""
     if request is None:
         return False

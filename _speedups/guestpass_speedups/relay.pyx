@@ -1,0 +1,1447 @@
+# cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, auto_pickle=False
+"""The edge's connections with visitors, and the fast lane. What is rare is Python: `guestpass.edge.front`.
+
+Theory of operation
+===================
+
+A Connection stays the protocol of its socket for good. It cuts what arrives into requests, and every head passes the
+strict scanner (http1.pyx) before anything else sees it. A request then takes one of three ways:
+
+      socket ─▶ buffer_updated ─▶ _feed ─▶ _head ─┬─▶ tunnel()   the first request only; the socket is theirs then
+                                                  ├─▶ _fast      OPEN on a tunnel; answers come back to FastStream
+                                                  └─▶ begin()    aiohttp, through a shim transport (front.py)
+
+**One request at a time.** While one is under way, what came behind its body is held (`held`), and reading pauses
+beyond HELD_MAX: so answers leave in order whatever lanes they took. The next request waits until what was written has
+drained below the transport's low-water mark, or whoever asks without reading would fill the memory.
+
+**Phases.** HEAD: a request head is awaited. FAST, SLOW: under way. OPAQUE, SLOW_OPAQUE: after 101. LINGER: answered
+before the request had ended; what still comes is thrown away for a moment, so that the answer is not destroyed by a
+reset. GONE: nothing is read or written any more.
+
+**No Python object per header or frame.** Heads are rewritten from one C buffer into another. Two byte strings remain:
+the OPEN payload, which the session queues, and what the transport is given. A head waits in HEAD_OUT for the body bytes
+that came in the same frame; an answer that is complete is written at once, what is not is queued and leaves in one
+`writelines` per turn of the loop.
+
+**Credit** is given for what was handed to a transport that is not paused. While it is paused, bytes are counted in
+`unconsumed`, and the gateway stops when the window is full. Reading the tunnel never stops.
+
+**Revocation** calls FastStream.end: the socket is reset with what its kernel holds, synchronously.
+
+**Time limits** need no timer per connection: each kind has one length, so a list in order of entry is in order of
+expiry. `tick` looks at the first of each, once a second.
+"""
+
+import asyncio
+
+from cython cimport final
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
+from cpython.object cimport PyObject
+from cpython.time cimport monotonic, time as wall_clock
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdio cimport snprintf
+from libc.string cimport memcmp, memcpy, memmove, memset
+
+from guestpass_speedups.http1 cimport (
+    BODY_CHUNKED,
+    BODY_LENGTH,
+    BODY_NONE,
+    CHUNK_DATA,
+    CHUNK_END,
+    CHUNK_MORE,
+    CHUNK_TRAILER,
+    F_AUTHORIZATION,
+    F_HOST,
+    F_ORIGIN,
+    F_SEC_FETCH_SITE,
+    F_UPGRADE,
+    F_X_FORWARDED_FOR,
+    FROM_GATEWAY,
+    M_DELETE,
+    M_GET,
+    M_HEAD,
+    M_OPTIONS,
+    M_PUT,
+    TO_HEAD,
+    UPGRADE_WEBSOCKET,
+    WRITE_ROOM,
+    Chunked,
+    Fields,
+    RequestHead,
+    ResponseHead,
+    Span,
+    error_reason,
+    error_status,
+    find_bearer,
+    find_cookie,
+    next_chunk,
+    scan_request,
+    scan_response,
+    span_equals,
+    write_request_head,
+    write_response_head,
+)
+from guestpass_speedups.session cimport CANCEL, PROTOCOL_ERROR, REVOKED, TIMEOUT, Session, Stream
+
+from guestpass_speedups.session import StreamRefused
+
+# ------------------------------------------------------------------------------------------------------------
+# Limits
+
+cdef enum:
+    # What one read may bring. All connections share the buffer: it is emptied before the loop's next callback.
+    READ_BUFFER = 262144
+    # Of what a visitor sends ahead of its answer so much is kept; then reading pauses. Two of the largest heads.
+    HELD_MAX = 65536
+    # An empty buffer of a connection keeps at most so much for the next request.
+    HELD_KEPT = 4096
+    # Output that waits for the end of the turn is handed over early beyond this: a transport's high-water mark.
+    QUEUE_MAX = 65536
+    # Forwarded and identity fields of one request: an address, two host names, an assertion of 1 KiB at most.
+    INJECT_MAX = 8192
+    # Admitted or refused paths that a grant with a scope remembers, and the longest that is worth it: 90 KiB a grant.
+    ADMITTED_MAX = 256
+    ADMITTED_PATH = 256
+    # Buckets of the histogram of durations.
+    BUCKETS_MAX = 32
+
+cdef double HEAD_SECONDS = 30.0         # for a request head, from its first byte; for the first, from the connection
+cdef double IDLE_SECONDS = 75.0         # between requests; nginx's default
+cdef double ANSWER_SECONDS = 300.0      # from the request to the head of its answer (edge/relay.py)
+cdef double LINGER_SECONDS = 2.0        # answered before the request had ended
+cdef double HALF_CLOSED_SECONDS = 10.0  # the application's last bytes after a visitor's end (edge/relay.py)
+# How exactly the last use of a session is known. Nobody asks for less than a minute.
+cdef double USED_SECONDS = 1.0
+
+HEAD_TIMEOUT = HEAD_SECONDS
+IDLE_TIMEOUT = IDLE_SECONDS
+ANSWER_TIMEOUT = ANSWER_SECONDS
+HELD_LIMIT = HELD_MAX
+
+cdef enum:      # phases
+    P_NEW
+    P_HEAD
+    P_FAST
+    P_OPAQUE
+    P_SLOW
+    P_SLOW_OPAQUE
+    P_LINGER
+    P_GONE
+
+PHASES = ("NEW", "HEAD", "FAST", "OPAQUE", "SLOW", "SLOW_OPAQUE", "LINGER", "GONE")
+
+cdef enum:      # what a connection waits for
+    T_NONE
+    T_HEAD
+    T_IDLE
+    T_ANSWER
+    T_LINGER
+    T_HALF_CLOSED
+    N_TIMERS
+
+cdef struct TimerList:
+    PyObject *first
+    PyObject *last
+    double seconds
+
+# Scratch of the process, under the GIL: filled and used up before any other code runs.
+cdef RequestHead REQUEST
+cdef ResponseHead RESPONSE
+cdef uint8_t[WRITE_ROOM] REQUEST_OUT
+cdef uint8_t[INJECT_MAX] INJECT
+# The answer's head that waits for the body bytes of its frame: see Lane.head_for. 256 for framing and Connection.
+cdef uint8_t[WRITE_ROOM + 256] HEAD_OUT
+
+cdef bytes CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+cdef const char *TUNNEL_PATH = "/.guestpass/tunnel"
+cdef const char *RESERVED_PATHS = "/.guestpass/"
+cdef const char *SESSION_COOKIE = "__Host-guestpass"
+
+
+cdef class Service:
+    """Counters of one service's answers."""
+    cdef readonly str name
+    cdef bytes raw
+    cdef uint64_t[6] classes
+
+    def __init__(self, str name):
+        self.name = name
+        self.raw = name.encode("ascii")
+
+    @property
+    def counts(self):
+        """(class of status, answers) of every class that came."""
+        return [(f"{n}xx", self.classes[n]) for n in range(1, 6) if self.classes[n]]
+
+
+cdef class Entry:
+    """What the fast lane knows of a grant. The grant table keeps it beside its digest, under the secret itself."""
+    cdef readonly object grant
+    cdef readonly bytes secret
+    cdef bytes host                 # of the share's origin; Host must be exactly this
+    cdef bytes origin
+    cdef Service service
+    cdef bint live
+    cdef bint cookie
+    cdef double expires             # seconds since the epoch; < 0: never
+    cdef double used
+    cdef bytes identity             # complete lines
+    cdef double identity_until
+    cdef tuple sessions             # of the gateway's tunnels
+    cdef uint64_t ways              # Lane.ways when `sessions` was looked up; 0: not yet
+    cdef dict admitted              # b"METHOD path" → bool; None without a scope
+
+    def __init__(self, grant, bytes secret not None, str host not None, str origin not None, Service service not None,
+                 bint cookie, bint scoped):
+        self.grant = grant
+        self.secret = secret
+        self.host = host.encode("ascii")
+        self.origin = origin.encode("ascii")
+        self.service = service
+        self.cookie = cookie
+        self.expires = -1.0 if grant.expires is None else grant.expires
+        self.identity = b""
+        self.identity_until = -1.0
+        self.sessions = ()
+        self.admitted = {} if scoped else None
+        self.live = True
+
+    def dropped(self):
+        """The grant is no longer in force."""
+        self.live = False
+
+    def moved(self):
+        """The grant has another gateway."""
+        self.ways = 0
+
+
+cdef class Lane:
+    """What all connections of a worker share. `front.FastLane` has the rest of the methods that are called here.
+
+    `fast` off: every request is aiohttp's. `cookies` and `tokens` are the grant table's own indexes."""
+    cdef public bint fast
+    cdef readonly set connections
+    cdef dict cookies
+    cdef dict tokens
+    cdef bytes bearer
+    cdef dict statuses              # of the answer, by the code of a reset
+    cdef readonly dict services
+    cdef object loop
+    cdef object abort_now
+    cdef object _timer
+    cdef object view
+    cdef bytearray storage
+    cdef uint8_t *buffer
+    cdef double now
+    cdef uint64_t ways              # rises whenever a tunnel comes, goes, or learns what is well
+    cdef list dirty                 # connections with output in their queue
+    cdef bint flush_due
+    cdef Connection head_for        # whose head waits in HEAD_OUT
+    cdef Py_ssize_t head_size
+    cdef TimerList[N_TIMERS] timers
+    cdef double[BUCKETS_MAX] bounds
+    cdef uint64_t[BUCKETS_MAX + 1] buckets
+    cdef int n_bounds
+    cdef double seconds
+
+    def __init__(self, *, dict cookies, dict tokens, bytes bearer, dict statuses, buckets, abort_now, bint fast):
+        cdef int index
+        self.fast = fast
+        self.cookies = cookies
+        self.tokens = tokens
+        self.bearer = bearer
+        self.statuses = statuses
+        self.abort_now = abort_now
+        self.connections = set()
+        self.services = {}
+        self.loop = asyncio.get_running_loop()
+        self.storage = bytearray(READ_BUFFER)
+        self.view = memoryview(self.storage)
+        self.buffer = <uint8_t *> <char *> self.storage
+        self.dirty = []
+        self.ways = 1
+        self.now = monotonic()
+        self.n_bounds = len(buckets)
+        if self.n_bounds > BUCKETS_MAX:
+            raise ValueError(f"more than {BUCKETS_MAX} buckets")
+        for index in range(self.n_bounds):
+            self.bounds[index] = buckets[index]
+        self.timers[T_HEAD].seconds = HEAD_SECONDS
+        self.timers[T_IDLE].seconds = IDLE_SECONDS
+        self.timers[T_ANSWER].seconds = ANSWER_SECONDS
+        self.timers[T_LINGER].seconds = LINGER_SECONDS
+        self.timers[T_HALF_CLOSED].seconds = HALF_CLOSED_SECONDS
+        self._timer = self.loop.call_later(1.0, self._ticked)
+
+    def _ticked(self):
+        self._timer = self.loop.call_later(1.0, self._ticked)
+        self.tick(monotonic())
+
+    def tick(self, double now):
+        """Carries out the time limits that have passed at `now` (monotonic)."""
+        cdef int kind
+        cdef PyObject *first
+        cdef Connection connection
+        self.now = now
+        for kind in range(1, N_TIMERS):
+            while True:
+                first = self.timers[kind].first
+                if first == NULL or (<Connection> first).due > now:
+                    break
+                connection = <Connection> first
+                connection._wait(T_NONE)
+                connection._expired(kind)
+
+    def close(self):
+        """Stops the clock and cuts every connection."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for connection in list(self.connections):
+            (<Connection> connection)._cut(CANCEL)
+
+    def changed(self):
+        """A tunnel came or went, or what a gateway reaches has changed."""
+        self.ways += 1
+
+    def service(self, str name not None):
+        """The counters of a service."""
+        found = self.services.get(name)
+        if found is None:
+            found = self.services[name] = Service(name)
+        return found
+
+    @property
+    def durations(self):
+        """(answers by bucket, not cumulative and with what is beyond the last one; sum of seconds)."""
+        return [self.buckets[index] for index in range(self.n_bounds + 1)], self.seconds
+
+    def flush(self):
+        """Hands over what the connections have queued. Runs once at the end of a turn."""
+        cdef list batch = self.dirty
+        self.flush_due = False
+        self.dirty = []
+        for connection in batch:
+            (<Connection> connection)._flush()
+
+    @final
+    cdef int _flush_soon(self, Connection connection) except -1:
+        connection.dirty = True
+        self.dirty.append(connection)
+        if not self.flush_due:
+            self.flush_due = True
+            self.loop.call_soon(self.flush)
+        return 0
+
+    @final
+    cdef int _give_head(self) except -1:
+        """The head that waits in HEAD_OUT, to its connection's queue."""
+        cdef Connection connection = self.head_for
+        if connection is None:
+            return 0
+        self.head_for = None
+        connection._enqueue(PyBytes_FromStringAndSize(<const char *> HEAD_OUT, self.head_size))
+        if not connection.dirty:
+            self._flush_soon(connection)
+        return 0
+
+    @final
+    cdef int _observe(self, double seconds) except -1:
+        cdef int index = 0
+        while index < self.n_bounds and seconds > self.bounds[index]:
+            index += 1
+        self.buckets[index] += 1
+        self.seconds += seconds
+        return 0
+
+    @final
+    cdef Session _pick(self, Entry entry):
+        """The least loaded tunnel of the session's gateway that takes streams; None: let the relay see."""
+        cdef Session best = None
+        cdef Session session
+        cdef Py_ssize_t least = 0
+        cdef Py_ssize_t load
+        if entry.ways != self.ways:
+            entry.sessions = self.resolve(entry.grant)
+            entry.ways = self.ways
+        for item in entry.sessions:
+            session = <Session> item
+            if session.over or session.goaway_in or session.goaway_out:
+                continue
+            load = len(session.live)
+            if best is None or load < least:
+                best = session
+                least = load
+        if best is not None and best.retiring:
+            return None
+        return best
+
+
+cdef class FastStream(Stream):
+    """One exchange of the fast lane: `grants.LiveStream`."""
+    cdef Connection connection      # None when it is over for the visitor
+    cdef object grant_
+    cdef Service service
+    cdef uint8_t *raw               # the request's head as it came, until the answer's has come
+    cdef Py_ssize_t raw_size
+    cdef double started
+    cdef bint to_head
+    cdef bint upgrade
+    cdef bint retryable
+    cdef bint answering             # the final head has come
+    cdef bint chunked
+    cdef bint keep_alive
+    cdef int64_t expected           # body bytes; < 0: as many as come
+    cdef uint64_t counted
+    cdef int status
+
+    def __dealloc__(self):
+        PyMem_Free(self.raw)
+
+    @property
+    def grant(self):
+        return self.grant_
+
+    @grant.setter
+    def grant(self, grant):
+        self.grant_ = grant
+
+    def end(self, reason):
+        """Nothing more reaches the visitor."""
+        cdef Connection connection = self.connection
+        self.connection = None
+        if connection is not None:
+            connection.stream = None
+            connection._revoked()
+        self.abandon(REVOKED)
+
+    @final
+    cdef int _detach(self) except -1:
+        """The visitor's side of this is over."""
+        cdef Connection connection = self.connection
+        self.connection = None
+        self._forget_request()
+        if connection is not None:
+            connection.stream = None
+        self.grant_.streams.discard(self)
+        return 0
+
+    @final
+    cdef void _forget_request(self) noexcept:
+        PyMem_Free(self.raw)
+        self.raw = NULL
+        self.raw_size = 0
+
+    @final
+    cdef int _count(self, int status) except -1:
+        cdef Lane lane = self.connection.lane
+        lane.now = monotonic()
+        self.service.classes[status // 100] += 1
+        if status != 101:
+            lane._observe(lane.now - self.started)
+        return 0
+
+    # -- what the session calls ------------------------------------------------------------------------------
+
+    cdef int on_head(self, const unsigned char *head, Py_ssize_t size, bint interim, bint fin) except -1:
+        cdef Connection connection = self.connection
+        cdef Lane lane
+        cdef uint32_t searched = 0
+        cdef int scanned
+        cdef Py_ssize_t written
+        cdef bint bodiless
+        cdef bint http11
+        cdef bint keep_alive
+        cdef uint8_t *out = HEAD_OUT
+        if connection is None:
+            return 0
+        lane = connection.lane
+        scanned = scan_response(head, size, &RESPONSE, &searched, FROM_GATEWAY | (TO_HEAD if self.to_head else 0))
+        if scanned < 0:
+            return self._bad(error_reason(scanned))
+        if scanned != size:
+            return self._bad("the response head is not ended, or goes on")
+        if RESPONSE.status == 101 and (interim or not self.upgrade):
+            return self._bad("101 without an upgrade")
+        if (100 <= RESPONSE.status < 200 and RESPONSE.status != 101) != interim:
+            return self._bad("a final status in an interim head, or the other way round")
+        http11 = connection.minor >= 1
+        if interim and (RESPONSE.status == 100 or not http11):
+            return 0    # Expect was answered here, and HTTP/1.0 knows no interim responses
+        lane._give_head()
+        written = write_response_head(head, &RESPONSE, out)
+        if interim:
+            memcpy(out + written, b"\r\n", 2)
+            lane.head_for = connection
+            lane.head_size = written + 2
+            return lane._give_head()
+
+        self.answering = True
+        self.status = RESPONSE.status
+        self._forget_request()
+        connection._wait(T_NONE)
+        if self.status == 101:
+            memcpy(out + written, b"\r\n", 2)
+            written += 2
+            self.expected = -1
+            self._count(101)
+            lane.head_for = connection
+            lane.head_size = written
+            lane._give_head()
+            connection._opaque()
+            return self._end_of_body(NULL, 0) if fin else 0
+        if self.upgrade and not self.ended:
+            self.send_raw(NULL, 0, True)    # declined: there is no body
+        bodiless = self.to_head or self.status == 204 or self.status == 304
+        keep_alive = connection.keep_alive and connection.framing == BODY_NONE
+        if RESPONSE.has_length:
+            self.expected = <int64_t> RESPONSE.content_length
+        else:
+            self.expected = 0 if fin and not bodiless else -1
+        self.chunked = self.expected < 0 and not bodiless and http11
+        if self.chunked:
+            memcpy(out + written, b"Transfer-Encoding: chunked\r\n", 28)
+            written += 28
+        elif self.expected >= 0 and self.status != 204:
+            written += snprintf(
+                <char *> out + written, 64, "Content-Length: %llu\r\n", <unsigned long long> self.expected)
+        else:
+            keep_alive = keep_alive and bodiless    # HTTP/1.0: the end of the connection ends the body
+        if keep_alive != http11:                    # other than the version's default
+            if keep_alive:
+                memcpy(out + written, b"Connection: keep-alive\r\n", 24)
+                written += 24
+            else:
+                memcpy(out + written, b"Connection: close\r\n", 19)
+                written += 19
+        memcpy(out + written, b"\r\n", 2)
+        written += 2
+        if bodiless:
+            self.expected = 0
+        self.keep_alive = keep_alive
+        lane.head_for = connection
+        lane.head_size = written
+        if fin:
+            return self._end_of_body(NULL, 0)
+        if not connection.dirty:
+            lane._flush_soon(connection)    # in case no body bytes came with the head
+        return 0
+
+    cdef int on_data(self, const unsigned char *data, Py_ssize_t size, bint fin) except -1:
+        cdef Connection connection = self.connection
+        if connection is None:
+            return self.consumed(<uint64_t> size)
+        self.counted += <uint64_t> size
+        if self.expected >= 0 and self.counted > <uint64_t> self.expected:
+            return connection._cut(PROTOCOL_ERROR)      # more bytes than the head promised
+        if fin:
+            return self._end_of_body(data, size)
+        connection._give(data, size, self.chunked, False)
+        return 0
+
+    cdef int on_trailers(self, const unsigned char *trailers, Py_ssize_t size) except -1:
+        if self.connection is None:
+            return 0
+        return self._end_of_body(NULL, 0)   # trailers are not passed on: nobody announced them to the visitor
+
+    cdef int on_reset(self, uint32_t code) except -1:
+        cdef Connection connection = self.connection
+        cdef bytes raw
+        cdef bint again
+        self.work_ended()
+        if connection is None:
+            return 0
+        if self.answering:
+            return connection._cut(CANCEL)
+        raw = PyBytes_FromStringAndSize(<const char *> self.raw, self.raw_size)
+        again = self.retryable and not self.acknowledged_
+        if not again:
+            self._count(connection.lane.statuses.get(code, 502))
+        self._detach()
+        connection._failed(raw, code, again, self.grant_)
+        return 0
+
+    cdef int on_writable(self) except -1:
+        cdef Connection connection = self.connection
+        if connection is not None and connection.blocked:
+            connection.blocked = False
+            connection._sync_reading()
+        return 0
+
+    cdef int on_closed(self) except -1:
+        if self.connection is not None:     # a fault of our own, or an end that nobody announced
+            return self.connection._cut(CANCEL)
+        return 0
+
+    @final
+    cdef int _bad(self, const char *reason) except -1:
+        """The gateway's answer is not one: 502."""
+        cdef Connection connection = self.connection
+        cdef bytes raw = PyBytes_FromStringAndSize(<const char *> self.raw, self.raw_size)
+        self._count(502)
+        self._detach()
+        self.abandon(PROTOCOL_ERROR)
+        connection._spoiled(raw, (<bytes> reason).decode("ascii"), self.grant_)
+        return 0
+
+    @final
+    cdef int _end_of_body(self, const uint8_t *data, Py_ssize_t size) except -1:
+        cdef Connection connection = self.connection
+        if self.expected >= 0 and self.counted != <uint64_t> self.expected:
+            return connection._cut(PROTOCOL_ERROR)      # fewer bytes than the head promised
+        connection._give(data, size, self.chunked, True)
+        if self.connection is None:         # the write failed
+            return 0
+        return self._complete()
+
+    @final
+    cdef int _complete(self) except -1:
+        cdef Connection connection = self.connection
+        cdef bint keep_alive = self.keep_alive
+        if self.status == 101:
+            keep_alive = False
+        else:
+            self._count(self.status)
+        if connection.paused and connection.unconsumed:
+            connection.kept = self          # its promise holds until the transport has drained
+        self._detach()
+        if not self.ended:
+            self.abandon(CANCEL)            # nobody wants the rest of the request
+        return connection._answered(keep_alive)
+
+
+cdef class Connection:
+    """One accepted connection. `front.Front` is the protocol."""
+    cdef readonly Lane lane
+    cdef readonly object transport
+    cdef object _write
+    cdef readonly bint secure
+    cdef uint8_t phase
+    cdef uint8_t timer
+    cdef double due
+    cdef PyObject *timer_prev
+    cdef PyObject *timer_next
+
+    # input
+    cdef uint8_t *held
+    cdef Py_ssize_t held_size
+    cdef Py_ssize_t held_room
+    cdef uint32_t searched
+    cdef bint busy                  # in `_feed`
+    cdef bint fresh                 # no request came yet
+    cdef bint blocked               # the stream's queue is full
+    cdef bint slow_blocked          # the aiohttp handler asks for a pause
+    cdef bint reading_paused        # what the transport was told
+
+    # the request
+    cdef uint8_t minor
+    cdef bint keep_alive
+    cdef uint8_t framing            # of what is left of the body
+    cdef uint64_t left
+    cdef Chunked chunked
+    cdef bint reframed              # the handler is given chunks of our own
+    cdef bint slow_answered
+
+    # the answer
+    cdef FastStream stream
+    cdef FastStream kept
+    cdef readonly bint paused       # by the transport
+    cdef bint dirty
+    cdef list queue
+    cdef Py_ssize_t queued
+    cdef uint64_t unconsumed
+
+    # who
+    cdef Entry last
+    cdef bint named                 # the three below are known
+    cdef bint trusted               # the peer may speak for others (`trusted_proxies`)
+    cdef bytes speaks_for           # X-Forwarded-For that the two below were made from
+    cdef bytes forwarded            # fields before, and between the two mentions of, the host name
+    cdef bytes forwarded_end
+
+    def __init__(self, Lane lane not None):
+        self.lane = lane
+        self.fresh = True
+
+    def __dealloc__(self):
+        PyMem_Free(self.held)           # its place in a list of timers was left when the connection was lost
+
+    def __repr__(self):
+        return f"<{type(self).__name__} {self.phase_name}>"
+
+    @property
+    def phase_name(self):
+        return PHASES[self.phase]
+
+    @property
+    def held_bytes(self):
+        """Of the visitor's, not handed on yet."""
+        return self.held_size
+
+    @property
+    def unconsumed_bytes(self):
+        """Of the answer, given to a transport that has not drained."""
+        return self.unconsumed
+
+    # -- asyncio's calls -------------------------------------------------------------------------------------
+
+    def connection_made(self, transport):
+        self.transport = transport
+        self._write = transport.write
+        self.secure = transport.get_extra_info("sslcontext") is not None
+        self.phase = P_HEAD
+        self.lane.connections.add(self)
+        self.lane.now = monotonic()
+        self._wait(T_HEAD)
+
+    def connection_lost(self, exc):
+        self._wait(T_NONE)
+        self.lane.connections.discard(self)
+        self._drop_stream(CANCEL)
+        self.phase = P_GONE
+        self.kept = None
+        self.last = None
+        self._drop_held()
+        self.queue = None
+        self.lost(exc)
+        self._write = None
+        self.transport = None
+
+    def eof_received(self):
+        if self.phase == P_OPAQUE and not self.secure:
+            # The visitor's end is not the application's: its last bytes still go through.
+            if self.stream is not None and not self.stream.ended:
+                self.stream.send_raw(NULL, 0, True)
+            self._wait(T_HALF_CLOSED)
+            return True
+        self._drop_stream(CANCEL)
+        if self.phase != P_SLOW_OPAQUE and self.phase != P_SLOW:
+            self.phase = P_GONE
+        return None
+
+    def get_buffer(self, sizehint):
+        return self.lane.view
+
+    def buffer_updated(self, Py_ssize_t size):
+        cdef Lane lane = self.lane
+        cdef Py_ssize_t used
+        if self.phase == P_GONE:
+            return
+        lane.now = monotonic()
+        if self.held_size:
+            self._hold(lane.buffer, size)
+            self._go_on()
+            return
+        self.busy = True
+        try:
+            used = self._feed(lane.buffer, size)
+        finally:
+            self.busy = False
+        if used < size and self.phase != P_GONE:
+            self._hold(lane.buffer + used, size - used)
+        self._sync_reading()
+
+    def pause_writing(self):
+        self.paused = True
+        if self.phase == P_SLOW or self.phase == P_SLOW_OPAQUE:
+            self.writing(False)
+
+    def resume_writing(self):
+        self.paused = False
+        self.lane.now = monotonic()
+        self._credit()
+        if self.phase == P_SLOW or self.phase == P_SLOW_OPAQUE:
+            self.writing(True)
+        elif self.phase == P_HEAD:
+            self._go_on()
+
+    # -- in --------------------------------------------------------------------------------------------------
+
+    @final
+    cdef int _hold(self, const uint8_t *data, Py_ssize_t size) except -1:
+        cdef Py_ssize_t room
+        cdef uint8_t *bigger
+        if self.held_size + size > self.held_room:
+            room = max(2 * self.held_room, self.held_size + size, 1024)
+            bigger = <uint8_t *> PyMem_Realloc(self.held, room)
+            if bigger == NULL:
+                raise MemoryError
+            self.held = bigger
+            self.held_room = room
+        memcpy(self.held + self.held_size, data, size)
+        self.held_size += size
+        return 0
+
+    @final
+    cdef void _drop_held(self) noexcept:
+        self.held_size = 0
+        if self.held_room:
+            PyMem_Free(self.held)
+            self.held = NULL
+            self.held_room = 0
+
+    @final
+    cdef int _go_on(self) except -1:
+        """Looks at what was held; whoever changes the phase calls this."""
+        cdef Py_ssize_t used
+        if self.busy:
+            return 0        # the loop in `_feed` goes on by itself
+        if self.held_size:
+            self.busy = True
+            try:
+                used = self._feed(self.held, self.held_size)
+            finally:
+                self.busy = False
+            if self.phase == P_GONE or used >= self.held_size:
+                self.held_size = 0
+                if self.held_room > HELD_KEPT:
+                    self._drop_held()
+            elif used:
+                self.held_size -= used
+                memmove(self.held, self.held + used, self.held_size)
+        return self._sync_reading()
+
+    @final
+    cdef Py_ssize_t _feed(self, uint8_t *data, Py_ssize_t size) except -1:
+        """Handles what it can; returns how much that was. The rest must be held. May change `data` in place."""
+        cdef Py_ssize_t at = 0
+        cdef Py_ssize_t used
+        while at < size:
+            if self.phase == P_HEAD:
+                if self.paused:
+                    break
+                used = self._head(data + at, size - at)
+                if used == 0:
+                    break
+                at += used
+            elif (self.phase == P_FAST or self.phase == P_SLOW) and self.framing != BODY_NONE:
+                at += self._body(data + at, size - at)
+            elif self.phase == P_OPAQUE:
+                if self.stream is not None and not self.stream.ended:
+                    self._send(data + at, size - at, False)
+                at = size
+            elif self.phase == P_SLOW_OPAQUE:
+                self.feed(PyBytes_FromStringAndSize(<const char *> data + at, size - at))
+                at = size
+            elif self.phase == P_LINGER or self.phase == P_GONE:
+                at = size
+            else:
+                break
+        return at
+
+    @final
+    cdef Py_ssize_t _head(self, const uint8_t *data, Py_ssize_t size) except -1:
+        """One request head; 0: more is needed."""
+        cdef Lane lane = self.lane
+        cdef Py_ssize_t n = scan_request(data, size, &REQUEST, &self.searched, 0)
+        cdef bint fresh
+        if n == 0:
+            if self.timer != T_HEAD:
+                self._wait(T_HEAD)
+            return 0
+        fresh = self.fresh
+        self.fresh = False
+        if n < 0:
+            self._wait(T_NONE)
+            self.minor = 1
+            self.framing = BODY_NONE
+            self.refused(error_status(<int> n), (<bytes> error_reason(<int> n)).decode("ascii"))
+            return size
+        self.minor = REQUEST.minor
+        self.keep_alive = REQUEST.keep_alive
+        self.framing = REQUEST.framing
+        self.left = REQUEST.content_length
+        if self.framing == BODY_CHUNKED:
+            memset(&self.chunked, 0, sizeof(Chunked))
+        if fresh and REQUEST.method_id == M_GET and span_equals(data, REQUEST.target, TUNNEL_PATH, 18):
+            return self._hand_over(data, n, size)
+        if lane.fast and self._fast(data, n, size):
+            return n
+        self._slow(PyBytes_FromStringAndSize(<const char *> data, n), REQUEST.upgrade == UPGRADE_WEBSOCKET)
+        return n
+
+    @final
+    cdef Py_ssize_t _hand_over(self, const uint8_t *data, Py_ssize_t n, Py_ssize_t size) except -1:
+        """The connection is a gateway's from here on."""
+        cdef bytes head = PyBytes_FromStringAndSize(<const char *> data, n)
+        cdef bytes rest = PyBytes_FromStringAndSize(<const char *> data + n, size - n)
+        transport = self.transport
+        self._wait(T_NONE)
+        self.phase = P_GONE
+        self.lane.connections.discard(self)
+        self.transport = None
+        self._write = None
+        self.tunnel(transport, head, rest)
+        return size
+
+    @final
+    cdef Py_ssize_t _body(self, uint8_t *data, Py_ssize_t size) except -1:
+        """What there is of the request's body; returns how much of `data` that was."""
+        cdef Py_ssize_t at = 0
+        cdef Py_ssize_t joined = 0
+        cdef Py_ssize_t take
+        cdef Span piece
+        cdef int event
+        if self.framing == BODY_LENGTH:
+            take = size if <uint64_t> size < self.left else <Py_ssize_t> self.left
+            self.left -= <uint64_t> take
+            if self.left == 0:
+                self.framing = BODY_NONE
+            self._body_piece(data, take)
+            return take
+        while True:
+            event = next_chunk(&self.chunked, data, size, &at, &piece)
+            if event == CHUNK_DATA:
+                # Join the pieces in place: a piece never begins before its own end in the joined row.
+                if piece.at != joined:
+                    memmove(data + joined, data + piece.at, piece.size)
+                joined += piece.size
+            elif event == CHUNK_TRAILER:
+                continue        # nothing of it is passed on
+            elif event == CHUNK_MORE:
+                if joined:
+                    self._body_piece(data, joined)
+                return size
+            elif event == CHUNK_END:
+                self.framing = BODY_NONE
+                self._body_piece(data, joined)
+                return at
+            else:
+                self._bad_body(error_status(event), (<bytes> error_reason(event)).decode("ascii"))
+                return size
+
+    @final
+    cdef int _body_piece(self, const uint8_t *data, Py_ssize_t size) except -1:
+        """Some body bytes; the last ones when `framing` is BODY_NONE."""
+        cdef bint last = self.framing == BODY_NONE
+        cdef bytes piece
+        if self.phase == P_FAST:
+            self._send(data, size, last)
+            return 0
+        piece = PyBytes_FromStringAndSize(<const char *> data, size)
+        if self.reframed:
+            if size:
+                piece = b"%x\r\n%b\r\n" % (size, piece)
+            if last:
+                piece += b"0\r\n\r\n"
+        self.feed(piece)
+        if last and self.slow_answered and self.phase == P_SLOW:
+            self._next()
+        return 0
+
+    @final
+    cdef int _send(self, const uint8_t *data, Py_ssize_t size, bint last) except -1:
+        if self.stream is None:
+            return 0
+        if not self.stream.send_raw(data, size, last) and not last:
+            self.blocked = True
+        return 0
+
+    @final
+    cdef int _sync_reading(self) except -1:
+        """Reading pauses for what cannot be handed on, and only for that."""
+        cdef bint pause
+        if self.phase == P_GONE or self.transport is None:
+            return 0
+        pause = (
+            self.blocked
+            or (self.slow_blocked and (self.phase == P_SLOW or self.phase == P_SLOW_OPAQUE))
+            or self.held_size > HELD_MAX
+            or (self.phase == P_HEAD and self.paused)
+        )
+        if pause != self.reading_paused:
+            self.reading_paused = pause
+            if pause:
+                self.transport.pause_reading()
+            else:
+                self.transport.resume_reading()
+        return 0
+
+    # -- the fast lane ---------------------------------------------------------------------------------------
+
+    @final
+    cdef bint _fast(self, const uint8_t *data, Py_ssize_t n, Py_ssize_t size) except -1:
+        """Opens a stream for the request in REQUEST, if it may be one of the fast lane's; else nothing has happened."""
+        cdef Lane lane = self.lane
+        cdef Fields *fields = &REQUEST.fields
+        cdef Entry entry
+        cdef Span secret
+        cdef Span host
+        cdef Session session
+        cdef FastStream stream
+        cdef Py_ssize_t inject
+        cdef Py_ssize_t written
+        cdef bint cookie = True
+        cdef bint upgrade = REQUEST.upgrade == UPGRADE_WEBSOCKET
+        cdef double now
+        if data[REQUEST.target.at] != c"/":
+            return False
+        if REQUEST.target.size >= 12 and memcmp(data + REQUEST.target.at, RESERVED_PATHS, 12) == 0:
+            return False
+        if fields.present >> F_AUTHORIZATION & 1 and find_bearer(
+                data, fields, PyBytes_AS_STRING(lane.bearer), PyBytes_GET_SIZE(lane.bearer), &secret):
+            cookie = False
+        elif find_cookie(data, fields, SESSION_COOKIE, 16, &secret) != 1:
+            return False
+        entry = self._entry(data, secret, cookie)
+        if entry is None:
+            return False
+        host = fields.field[fields.first[F_HOST]].value
+        if not span_equals(data, host, PyBytes_AS_STRING(entry.host), PyBytes_GET_SIZE(entry.host)):
+            return False
+        now = wall_clock()
+        if 0 <= entry.expires <= now:
+            return False
+        if cookie and not self._same_origin(data, entry):
+            return False
+        if entry.admitted is not None and not self._admitted(data, entry):
+            return False
+        session = lane._pick(entry)
+        if session is None:
+            return False
+        if now - entry.used >= USED_SECONDS or now < entry.used:
+            entry.used = now
+            lane.used(entry.grant, now)
+        inject = self._inject(data, entry, now, host)
+        if inject < 0:
+            return False
+        written = write_request_head(
+            data, &REQUEST, REQUEST_OUT, INJECT, inject, PyBytes_AS_STRING(lane.bearer), PyBytes_GET_SIZE(lane.bearer))
+        if written < 0:
+            return False
+        stream = FastStream.__new__(FastStream)
+        stream.raw = <uint8_t *> PyMem_Malloc(n)
+        if stream.raw == NULL:
+            raise MemoryError
+        memcpy(stream.raw, data, n)
+        stream.raw_size = n
+        try:
+            session.open_raw(
+                stream, <const unsigned char *> PyBytes_AS_STRING(entry.service.raw),
+                PyBytes_GET_SIZE(entry.service.raw), True, REQUEST_OUT, written,
+                self.framing == BODY_NONE and not upgrade)
+        except StreamRefused:
+            return False
+        stream.started = lane.now
+        stream.service = entry.service
+        stream.grant_ = entry.grant
+        stream.connection = self
+        stream.upgrade = upgrade
+        stream.to_head = REQUEST.method_id == M_HEAD
+        stream.retryable = self.framing == BODY_NONE and not upgrade and (
+            REQUEST.method_id == M_GET or REQUEST.method_id == M_HEAD or REQUEST.method_id == M_OPTIONS
+            or REQUEST.method_id == M_PUT or REQUEST.method_id == M_DELETE)
+        self.stream = stream
+        self.phase = P_FAST
+        self._wait(T_ANSWER)
+        stream.grant_.streams.add(stream)
+        if REQUEST.expect_continue and self.framing != BODY_NONE and n == size:
+            self._write(CONTINUE)
+        return True
+
+    @final
+    cdef Entry _entry(self, const uint8_t *data, Span secret, bint cookie):
+        """The grant of this cookie or token. A connection mostly asks for the same one again."""
+        cdef Entry entry = self.last
+        if (entry is not None and entry.live and entry.cookie == cookie
+                and PyBytes_GET_SIZE(entry.secret) == secret.size
+                and memcmp(PyBytes_AS_STRING(entry.secret), data + secret.at, secret.size) == 0):
+            return entry
+        table = self.lane.cookies if cookie else self.lane.tokens
+        found = table.get(PyBytes_FromStringAndSize(<const char *> data + secret.at, secret.size))
+        if found is None:
+            return None
+        self.last = entry = <Entry?> found
+        return entry if entry.live else None
+
+    @final
+    cdef bint _same_origin(self, const uint8_t *data, Entry entry) noexcept:
+        """As relay.Relay._same_origin: shares of one domain are same-site, cookies alone prove nothing."""
+        cdef Fields *fields = &REQUEST.fields
+        cdef Span value
+        if not fields.present >> F_UPGRADE & 1 and (
+                REQUEST.method_id == M_GET or REQUEST.method_id == M_HEAD or REQUEST.method_id == M_OPTIONS):
+            return True
+        if fields.present >> F_ORIGIN & 1:
+            value = fields.field[fields.first[F_ORIGIN]].value
+            return not fields.repeated >> F_ORIGIN & 1 and span_equals(
+                data, value, PyBytes_AS_STRING(entry.origin), PyBytes_GET_SIZE(entry.origin))
+        if not fields.present >> F_SEC_FETCH_SITE & 1 or fields.repeated >> F_SEC_FETCH_SITE & 1:
+            return False
+        value = fields.field[fields.first[F_SEC_FETCH_SITE]].value
+        return span_equals(data, value, "same-origin", 11) or span_equals(data, value, "none", 4)
+
+    @final
+    cdef bint _admitted(self, const uint8_t *data, Entry entry) except -1:
+        """Whether the share's scope admits the request. The answer is remembered by method and path."""
+        cdef const uint8_t *first = data + REQUEST.method.at
+        cdef Py_ssize_t size = REQUEST.target.at + REQUEST.target.size - REQUEST.method.at
+        cdef Py_ssize_t index = REQUEST.target.at - REQUEST.method.at
+        cdef bytes key
+        while index < size and first[index] != c"?":
+            index += 1
+        key = PyBytes_FromStringAndSize(<const char *> first, index)
+        known = entry.admitted.get(key)
+        if known is None:
+            method, _, path = key.partition(b" ")
+            known = self.lane.admits(entry.grant, method.decode("ascii"), path.decode("ascii"))
+            if index <= ADMITTED_PATH:
+                if len(entry.admitted) >= ADMITTED_MAX:
+                    entry.admitted.clear()
+                entry.admitted[key] = known
+        return known
+
+    @final
+    cdef Py_ssize_t _inject(self, const uint8_t *data, Entry entry, double now, Span host) except -2:
+        """Forwarded and identity fields, in INJECT; < 0: they do not fit."""
+        cdef Fields *fields = &REQUEST.fields
+        cdef bytes speaks_for = None
+        cdef Py_ssize_t size = 0
+        cdef uint32_t index
+        if not self.named:
+            self.trusted = self.trusts()
+        if self.trusted and fields.present >> F_X_FORWARDED_FOR & 1:
+            speaks_for = b""
+            for index in range(fields.count):
+                if fields.field[index].id == F_X_FORWARDED_FOR:
+                    if speaks_for:
+                        speaks_for += b","
+                    speaks_for += PyBytes_FromStringAndSize(
+                        <const char *> data + fields.field[index].value.at, fields.field[index].value.size)
+        if not self.named or (self.trusted and speaks_for != self.speaks_for):
+            self.forwarded, self.forwarded_end = self.forwarding(speaks_for)
+            self.speaks_for = speaks_for
+            self.named = True
+        if now >= entry.identity_until:
+            entry.identity, entry.identity_until = self.lane.identity(entry.grant, now)
+        if (PyBytes_GET_SIZE(self.forwarded) + PyBytes_GET_SIZE(self.forwarded_end) + 2 * host.size + 64
+                + PyBytes_GET_SIZE(entry.identity) > INJECT_MAX):
+            return -1
+        size = _put(size, PyBytes_AS_STRING(self.forwarded), PyBytes_GET_SIZE(self.forwarded))
+        size = _put(size, <const char *> data + host.at, host.size)
+        size = _put(size, PyBytes_AS_STRING(self.forwarded_end), PyBytes_GET_SIZE(self.forwarded_end))
+        size = _put(size, <const char *> data + host.at, host.size)
+        size = _put(size, "\"\r\nVia: 1.1 guestpass\r\n", 23)
+        return _put(size, PyBytes_AS_STRING(entry.identity), PyBytes_GET_SIZE(entry.identity))
+
+    @final
+    cdef int _opaque(self) except -1:
+        """101 was received: from here on bytes are bytes, those that came behind the request first."""
+        self.phase = P_OPAQUE
+        return self._go_on()
+
+    # -- out -------------------------------------------------------------------------------------------------
+
+    @final
+    cdef int _give(self, const uint8_t *data, Py_ssize_t size, bint chunked, bint last) except -1:
+        """Body bytes to the visitor, behind the head that waits, framed."""
+        cdef Lane lane = self.lane
+        cdef char[32] line
+        cdef Py_ssize_t head = lane.head_size if lane.head_for is self else 0
+        cdef Py_ssize_t line_size = 0
+        cdef Py_ssize_t total
+        cdef bytes out
+        cdef char *to
+        if chunked and size:
+            line_size = snprintf(line, 32, "%zx\r\n", <size_t> size)
+        total = head + line_size + size + (2 if line_size else 0) + (5 if chunked and last else 0)
+        if total:
+            out = PyBytes_FromStringAndSize(NULL, total)
+            to = PyBytes_AS_STRING(out)
+            if head:
+                memcpy(to, HEAD_OUT, head)
+                to += head
+                lane.head_for = None
+            if size:
+                memcpy(to, line, line_size)
+                to += line_size
+                memcpy(to, data, size)
+                to += size
+            if line_size:
+                memcpy(to, b"\r\n", 2)
+                to += 2
+            if chunked and last:
+                memcpy(to, b"0\r\n\r\n", 5)
+            self.unconsumed += <uint64_t> size
+            self._enqueue(out)
+        if last or self.queued > QUEUE_MAX:
+            return self._flush()
+        if not self.dirty:
+            lane._flush_soon(self)
+        return 0
+
+    @final
+    cdef int _enqueue(self, bytes out) except -1:
+        if self.queue is None:
+            self.queue = [out]
+        else:
+            self.queue.append(out)
+        self.queued += PyBytes_GET_SIZE(out)
+        return 0
+
+    @final
+    cdef int _flush(self) except -1:
+        """Everything that waits, to the transport."""
+        cdef list queue
+        if self.lane.head_for is self:
+            self.dirty = True           # not to be told of it again
+            self.lane._give_head()
+        self.dirty = False
+        queue = self.queue
+        if queue is None:
+            return 0
+        self.queue = None
+        self.queued = 0
+        if self.phase == P_GONE:
+            return 0
+        if self.transport.is_closing():
+            self._drop_stream(CANCEL)
+            self.phase = P_GONE
+            return 0
+        if len(queue) == 1:
+            self._write(queue[0])
+        else:
+            self.transport.writelines(queue)
+        return self._credit()
+
+    @final
+    cdef int _credit(self) except -1:
+        cdef uint64_t size = self.unconsumed
+        if self.paused or size == 0:
+            return 0
+        self.unconsumed = 0
+        self.kept = None
+        if self.stream is not None:
+            self.stream.consumed(size)
+        return 0
+
+    @final
+    cdef int _answered(self, bint keep_alive) except -1:
+        """The fast lane's answer is complete."""
+        self.blocked = False
+        if keep_alive:
+            return self._next()
+        return self._finish()
+
+    @final
+    cdef int _next(self) except -1:
+        self.phase = P_HEAD
+        self.slow_answered = False
+        self._wait(T_IDLE)
+        return self._go_on()
+
+    @final
+    cdef int _finish(self) except -1:
+        """Close when what was written has left. A visitor that is still sending is heard out for a moment: closing a
+        socket that has unread bytes resets it, and the answer may be lost on the way."""
+        cdef bint whole = self.framing == BODY_NONE and self.held_size == 0 and not self.busy
+        self._flush()
+        if self.phase == P_GONE:
+            return 0
+        self.phase = P_LINGER
+        self.blocked = False
+        self.held_size = 0
+        if whole or self.secure or not self.transport.can_write_eof():
+            self._wait(T_NONE)
+            self.transport.close()
+            return 0
+        self._wait(T_LINGER)
+        self.transport.write_eof()
+        return self._sync_reading()
+
+    @final
+    cdef int _cut(self, uint32_t code) except -1:
+        """The end, now: whoever waits for the rest of an answer sees that it broke off."""
+        self._drop_stream(code)
+        if self.phase == P_GONE and self.transport is None:
+            return 0
+        self._gone()
+        if self.transport is not None:
+            self.transport.abort()
+        return 0
+
+    @final
+    cdef int _revoked(self) except -1:
+        self._gone()
+        if self.transport is not None:
+            self.lane.abort_now(self.transport)
+        return 0
+
+    @final
+    cdef int _gone(self) except -1:
+        self._wait(T_NONE)
+        self.phase = P_GONE
+        self.queue = None
+        if self.lane.head_for is self:
+            self.lane.head_for = None
+        return 0
+
+    @final
+    cdef int _drop_stream(self, uint32_t code) except -1:
+        cdef FastStream stream = self.stream
+        if stream is None:
+            return 0
+        stream._detach()
+        stream.abandon(code)
+        return 0
+
+    @final
+    cdef int _failed(self, bytes raw, uint32_t code, bint again, grant) except -1:
+        """The stream was reset before an answer. What has had no effect anywhere goes to the relay, which knows how to
+        try again."""
+        self._wait(T_NONE)
+        self.blocked = False
+        if again:
+            self._slow(raw, False)
+        else:
+            self.failed(raw, code, grant)
+        return self._go_on()
+
+    @final
+    cdef int _spoiled(self, bytes raw, str reason, grant) except -1:
+        self._wait(T_NONE)
+        self.blocked = False
+        self.bad_answer(raw, reason, grant)
+        return self._go_on()
+
+    @final
+    cdef int _bad_body(self, int status, str reason) except -1:
+        """The request's body is malformed: its end cannot be known."""
+        cdef bint answering = self.stream is not None and self.stream.answering
+        if self.phase == P_FAST:
+            self._drop_stream(CANCEL)
+            if answering:
+                return self._cut(CANCEL)
+            self._wait(T_NONE)
+            self.refused(status, reason)
+        else:
+            self.bad_body(status, reason)
+        return 0
+
+    @final
+    cdef int _expired(self, int kind) except -1:
+        cdef FastStream stream = self.stream
+        cdef bytes raw
+        if kind == T_ANSWER and stream is not None:
+            raw = PyBytes_FromStringAndSize(<const char *> stream.raw, stream.raw_size)
+            stream._count(504)
+            stream._detach()
+            stream.abandon(TIMEOUT)
+            return self._failed(raw, TIMEOUT, False, stream.grant_)
+        if kind == T_IDLE:
+            self._gone()
+            self.transport.close()
+            return 0
+        if kind == T_LINGER:
+            if self.transport.get_write_buffer_size():
+                return self._wait(T_LINGER)     # a slow reader
+            self.transport.close()
+            return 0
+        return self._cut(CANCEL)
+
+    # -- the slow lane; called by front.py -------------------------------------------------------------------
+
+    @final
+    cdef int _slow(self, bytes head, bint upgrade) except -1:
+        self._wait(T_NONE)
+        self.phase = P_SLOW
+        self.slow_answered = False
+        self.reframed = self.framing == BODY_CHUNKED
+        self.begin(head, upgrade)
+        return 0
+
+    def respond(self, bytes answer not None, bint keep_alive):
+        """A whole answer that was made here: nothing of another one is under way. `keep_alive`: what it says."""
+        self._enqueue(answer)
+        self._flush()
+        if self.phase == P_GONE:
+            return
+        if keep_alive:
+            self._next()
+        else:
+            self._finish()
+
+    @property
+    def may_keep_alive(self):
+        """Whether the visitor wants the connection to stay, and the request has ended."""
+        return self.keep_alive and self.framing == BODY_NONE
+
+    @property
+    def http11(self):
+        return self.minor >= 1
+
+    def slow_done(self):
+        """aiohttp's answer was written to its end, and the connection stays."""
+        if self.phase != P_SLOW:
+            return
+        self.slow_answered = True
+        if self.framing == BODY_NONE:
+            self._next()
+
+    def slow_upgraded(self):
+        """aiohttp has written a 101: what was held behind the request may go to the handler."""
+        if self.phase == P_SLOW:
+            self.phase = P_SLOW_OPAQUE
+            self._go_on()
+
+    def slow_finished(self):
+        """aiohttp closes the connection when what it wrote has left."""
+        if self.phase == P_SLOW or self.phase == P_SLOW_OPAQUE:
+            self._finish()
+
+    def slow_reading(self, bint wanted):
+        self.slow_blocked = not wanted
+        self._sync_reading()
+
+    def cut(self):
+        """Nothing more is written or read."""
+        self._cut(CANCEL)
+
+    @property
+    def slow(self):
+        """A request is with aiohttp."""
+        return self.phase == P_SLOW or self.phase == P_SLOW_OPAQUE
+
+    # -- time ------------------------------------------------------------------------------------------------
+
+    @final
+    cdef void _unlink(self) noexcept:
+        cdef TimerList *timers = &self.lane.timers[self.timer]
+        if self.timer_prev != NULL:
+            (<Connection> self.timer_prev).timer_next = self.timer_next
+        else:
+            timers.first = self.timer_next
+        if self.timer_next != NULL:
+            (<Connection> self.timer_next).timer_prev = self.timer_prev
+        else:
+            timers.last = self.timer_prev
+        self.timer_prev = NULL
+        self.timer_next = NULL
+        self.timer = T_NONE
+
+    @final
+    cdef int _wait(self, uint8_t kind) except -1:
+        """From now on `kind` is what the connection waits for."""
+        cdef TimerList *timers
+        if self.timer != T_NONE:
+            self._unlink()
+        if kind == T_NONE:
+            return 0
+        timers = &self.lane.timers[kind]
+        self.due = self.lane.now + timers.seconds
+        self.timer = kind
+        self.timer_prev = timers.last
+        self.timer_next = NULL
+        if timers.last != NULL:
+            (<Connection> timers.last).timer_next = <PyObject *> self
+        else:
+            timers.first = <PyObject *> self
+        timers.last = <PyObject *> self
+        return 0
+
+
+cdef inline Py_ssize_t _put(Py_ssize_t at, const char *data, Py_ssize_t size) noexcept:
+    memcpy(INJECT + at, data, size)
+    return at + size

@@ -1,0 +1,8 @@
+"""The scripts in benchmarks/ hold the workloads; here pytest-benchmark times them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -1,0 +1,411 @@
+"""What stands before both lanes: the Python half of the edge's connections with visitors.
+
+The other half, `guestpass_speedups.relay`, cuts what arrives into requests with the strict scanner and serves most of
+them itself. Here is what is rare, or slow anyway: requests for aiohttp, answers of our own to what is refused or has
+failed, and what the fast lane asks about a grant before it knows it.
+
+aiohttp never sees the connection. A handler of its server is given one request at a time over a `Shim`, a transport
+that passes on what the handler writes. So a request of the fast lane can follow one of aiohttp's on the same connection
+and the other way round, and nothing that the scanner refuses reaches aiohttp's more lenient parser. When an answer has
+been written to its end, aiohttp tells its access log: `Answered`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from email.utils import formatdate
+from ipaddress import IPv4Network, IPv6Network
+from typing import TYPE_CHECKING, Any, cast
+
+from aiohttp import web
+from aiohttp.abc import AbstractAccessLogger
+from multidict import CIMultiDict
+
+from guestpass import scope
+from guestpass.edge import headers as h
+from guestpass.edge.grants import Grant, GrantTable
+from guestpass.edge.metrics import DURATIONS
+from guestpass.edge.relay import RETRY_AFTER, STATUS_OF_RESET
+from guestpass.loop import abort_now
+from guestpass.model import SessionKind
+from guestpass.tokens import BEARER_PREFIX
+from guestpass_speedups.relay import Connection, Entry, Lane
+
+if TYPE_CHECKING:
+    from guestpass.edge.assertion import Signer
+    from guestpass.edge.origins import Origins
+    from guestpass.edge.pages import Pages
+    from guestpass.edge.tunnels import Tunnels
+    from guestpass_speedups.session import Session
+
+log = logging.getLogger("guestpass.edge.front")
+
+# An aiohttp handler waits so long for its next request: as good as for ever. Idle connections are the front's.
+HANDLER_KEEPALIVE = 86_400.0
+
+UPGRADED = b"HTTP/1.1 101 "
+
+Accept = Callable[[asyncio.Transport, bytes, bytes], None]
+HandlerFactory = Callable[[], asyncio.BaseProtocol]
+
+
+class Shim(asyncio.Transport):
+    """What an aiohttp handler takes for its connection. Survives it: afterwards nothing is written."""
+
+    def __init__(self, front: Front, transport: asyncio.Transport) -> None:
+        super().__init__()
+        self._front: Front | None = front
+        self._transport = transport
+        self.awaits_upgrade = False
+        """The request asked for one; a 101 makes the rest opaque."""
+
+    def detach(self) -> None:
+        """The handler's connection is over."""
+        self._front = None
+
+    @property
+    def front(self) -> Front | None:
+        return self._front
+
+    def write(self, data: Any) -> None:
+        front = self._front
+        if front is None or not front.slow or self._transport.is_closing():
+            return
+        front.wrote = True
+        self._transport.write(bytes(data))
+        if self.awaits_upgrade and bytes(data[: len(UPGRADED)]) == UPGRADED:
+            self.awaits_upgrade = False
+            front.slow_upgraded()
+
+    def writelines(self, list_of_data: Iterable[Any]) -> None:
+        self.write(b"".join(list_of_data))
+
+    def write_eof(self) -> None:
+        raise NotImplementedError("an answer never half-closes the connection")
+
+    def can_write_eof(self) -> bool:
+        return False
+
+    def is_closing(self) -> bool:
+        return self._front is None or self._transport.is_closing()
+
+    def close(self) -> None:
+        front, self._front = self._front, None
+        if front is not None:
+            front.handler_closed()
+
+    def abort(self) -> None:
+        front, self._front = self._front, None
+        if front is not None:
+            front.cut()
+
+    def is_reading(self) -> bool:
+        return self._front is not None and not self._front.handler_paused
+
+    def pause_reading(self) -> None:
+        if self._front is not None:
+            self._front.handler_paused = True
+            self._front.slow_reading(False)
+
+    def resume_reading(self) -> None:
+        if self._front is not None:
+            self._front.handler_paused = False
+            self._front.slow_reading(True)
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._transport.get_extra_info(name, default)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self._transport.get_protocol()
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        raise NotImplementedError("the front stays the protocol of its connection")
+
+    def get_write_buffer_size(self) -> int:
+        return self._transport.get_write_buffer_size()
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        return self._transport.get_write_buffer_limits()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """The transport's limits are the front's: both lanes share them."""
+
+
+class Answered(AbstractAccessLogger):
+    """Tells the front that aiohttp has written an answer to its end. Logs nothing."""
+
+    def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+        transport = request.transport
+        if isinstance(transport, Shim) and transport.front is not None and response.keep_alive:
+            transport.awaits_upgrade = False
+            transport.front.slow_done()
+
+    @property
+    def enabled(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Of a request that never became one of aiohttp's: enough to choose the kind of an answer."""
+
+    method: str
+    headers: CIMultiDict[str]
+
+    @classmethod
+    def of(cls, head: bytes) -> Asked:
+        """`head` has passed the scanner."""
+        first, *lines = head.decode("latin-1").split("\r\n")
+        pairs = (line.partition(":") for line in lines if line)
+        return cls(
+            first.partition(" ")[0], CIMultiDict((name, value.strip(" \t")) for name, _, value in pairs)
+        )
+
+
+class Front(Connection, asyncio.BufferedProtocol):
+    """The protocol of an accepted connection, from its first byte to its last (or to its tunnel handshake)."""
+
+    __slots__ = ("_handler", "_handler_writes", "_shim", "handler_paused", "house", "wrote")
+
+    def __init__(self, house: House) -> None:
+        super().__init__(house.lane)
+        self.house = house
+        self._handler: Any = None
+        self._shim: Shim | None = None
+        self._handler_writes = True  # what the handler was told; pause and resume must alternate
+        self.handler_paused = False
+        self.wrote = False
+        """aiohttp has written something of its answer."""
+
+    # ── tunnels ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def tunnel(self, transport: asyncio.Transport, head: bytes, rest: bytes) -> None:
+        self.house.tunnel(transport, head, rest)
+
+    # ── aiohttp ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def begin(self, head: bytes, upgrade: bool) -> None:
+        """One request for aiohttp. Its body follows by `feed`; what comes behind an upgrade is held until the 101."""
+        shim = self._shim
+        if shim is None:
+            shim = self._shim = Shim(self, self.transport)
+            self._handler = self.house.handler()
+            self._handler_writes = True
+            self._handler.connection_made(shim)
+        shim.awaits_upgrade = upgrade
+        self.wrote = False
+        self.writing(not self.paused)
+        self._handler.data_received(head)
+
+    def feed(self, data: bytes) -> None:
+        if self._handler is not None:
+            self._handler.data_received(data)
+
+    def writing(self, possible: bool) -> None:
+        if self._handler is not None and possible != self._handler_writes:
+            self._handler_writes = possible
+            if possible:
+                self._handler.resume_writing()
+            else:
+                self._handler.pause_writing()
+
+    def lost(self, exc: Exception | None) -> None:
+        self._drop_handler(exc)
+
+    def _drop_handler(self, exc: Exception | None) -> None:
+        handler, self._handler = self._handler, None
+        shim, self._shim = self._shim, None
+        if self.handler_paused:
+            self.handler_paused = False
+            self.slow_reading(True)
+        if shim is not None:
+            shim.detach()
+        if handler is not None:
+            handler.connection_lost(exc)
+
+    def handler_closed(self) -> None:
+        """The handler has closed its connection: after its answer, because it idled, or because the edge stops."""
+        was_slow = self.slow
+        # Not from within the handler, which is still at work.
+        handler, self._handler, self._shim = self._handler, None, None
+        if handler is not None:
+            asyncio.get_running_loop().call_soon(handler.connection_lost, None)
+        if self.handler_paused:
+            self.handler_paused = False
+            self.slow_reading(True)
+        if was_slow:
+            self.slow_finished()
+
+    def bad_body(self, status: int, reason: str) -> None:
+        """The body of a request that is with aiohttp is malformed."""
+        wrote = self.wrote
+        self._drop_handler(None)
+        if wrote:
+            self.cut()
+        else:
+            self.refused(status, reason)
+
+    # ── answers of our own ───────────────────────────────────────────────────────────────────────────────────────
+
+    def refused(self, status: int, reason: str) -> None:
+        """The scanner refused a request: what it means is anybody's guess, so is where the next one begins."""
+        error_id = secrets.token_hex(4)
+        log.info("error %s: %d: %s", error_id, status, reason)
+        self.house.refused(status)
+        self.respond(self._page(None, status, error_id, message=reason), False)
+
+    def failed(self, head: bytes, code: int, grant: Grant) -> None:
+        """The stream was reset before an answer came."""
+        self._problem(head, STATUS_OF_RESET.get(code, 502), grant, f"the stream was reset with code {code}")
+
+    def bad_answer(self, head: bytes, reason: str, grant: Grant) -> None:
+        """What the gateway sent is not an answer."""
+        self._problem(head, 502, grant, reason)
+
+    def _problem(self, head: bytes, status: int, grant: Grant, what: str) -> None:
+        error_id = secrets.token_hex(4)
+        log.warning(
+            "error %s: %d: %s/%s/%s: %s", error_id, status, grant.site, grant.gateway, grant.service, what
+        )
+        self.respond(self._page(Asked.of(head), status, error_id), self.may_keep_alive)
+
+    def _page(self, asked: Asked | None, status: int, error_id: str, message: str | None = None) -> bytes:
+        page = self.house.pages.error(
+            status,
+            error_id=error_id,
+            request=asked,
+            message=message,
+            retry_after=RETRY_AFTER if status == 503 else None,
+        )
+        keep_alive = asked is not None and self.may_keep_alive
+        body = cast(bytes, page.body)
+        lines = [f"HTTP/1.1 {status} {page.reason}"]
+        lines += [f"{name}: {value}" for name, value in page.headers.items() if name != "Content-Length"]
+        lines += [f"Date: {formatdate(usegmt=True)}", f"Content-Length: {len(body)}"]
+        if not keep_alive:
+            lines.append("Connection: close")
+        elif not self.http11:
+            lines.append("Connection: keep-alive")
+        head = "\r\n".join((*lines, "", "")).encode("latin-1")
+        return head if asked is not None and asked.method == "HEAD" else head + body
+
+    # ── who ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def _peer(self) -> str:
+        name = self.transport.get_extra_info("peername")
+        return str(name[0]) if isinstance(name, tuple) and name else ""
+
+    def trusts(self) -> bool:
+        return h.is_trusted(self._peer, self.house.trusted_proxies)
+
+    def forwarding(self, speaks_for: bytes | None) -> tuple[bytes, bytes]:
+        peer = self._peer
+        told = () if speaks_for is None else ((b"x-forwarded-for", speaks_for),)
+        address = h.client_address(peer, told, self.house.trusted_proxies)
+        scheme = "https" if self.secure else self.house.scheme if address != peer else "http"
+        before, between, _ = h.forwarded_fields(address, scheme, b"\0").split(b"\0")
+        return before, between
+
+
+class House:
+    """What all fronts of one listener, or of all listeners for visitors, share."""
+
+    def __init__(
+        self,
+        *,
+        lane: Lane,
+        handler: HandlerFactory,
+        tunnel: Accept,
+        pages: Pages,
+        refused: Callable[[int], None],
+        trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = (),
+        scheme: str = "http",
+    ) -> None:
+        """`handler` makes aiohttp's protocols; their runner has `Answered` as its access log. `tunnel` takes over a
+        connection whose first request is a tunnel's. `scheme`: the public one, spoken to proxies that are trusted."""
+        self.lane = lane
+        self.handler = handler
+        self.tunnel = tunnel
+        self.pages = pages
+        self.refused = refused
+        self.trusted_proxies = trusted_proxies
+        self.scheme = scheme
+
+    def front(self) -> Front:
+        return Front(self)
+
+
+class FastLane(Lane):
+    """The fast lane's questions about grants, which are few: what it is told is remembered by its `Entry`."""
+
+    def __init__(
+        self,
+        *,
+        grants: GrantTable,
+        tunnels: Tunnels,
+        signer: Signer,
+        origins: Origins,
+        fast: bool,
+    ) -> None:
+        super().__init__(
+            cookies=grants.cookies,
+            tokens=grants.tokens,
+            bearer=BEARER_PREFIX.encode("ascii"),
+            statuses=STATUS_OF_RESET,
+            buckets=DURATIONS,
+            abort_now=abort_now,
+            fast=fast,
+        )
+        self._grants = grants
+        self._tunnels = tunnels
+        self._signer = signer
+        self._origins = origins
+        tunnels.on_change.add(self.changed)
+
+    def learn(self, grant: Grant, secret: str) -> None:
+        """The grant was found by this cookie or token: the next time without a digest."""
+        if not self.fast or grant.entry is not None or not secret.isascii():
+            return
+        origin = self._origins.share_origin(grant.share.id)
+        entry = Entry(
+            grant,
+            secret.encode("ascii"),
+            origin.partition("://")[2],
+            origin,
+            self.service(grant.service),
+            grant.kind is SessionKind.COOKIE,
+            bool(grant.share.scope),
+        )
+        self._grants.index(grant, entry)
+
+    def resolve(self, grant: Grant) -> tuple[Session, ...]:
+        if grant.gateway is None:
+            return ()
+        return self._tunnels.sessions(grant.site, grant.gateway, grant.service)
+
+    def admits(self, grant: Grant, method: str, path: str) -> bool:
+        return scope.admits(grant.share.scope, method, path)
+
+    def identity(self, grant: Grant, now: float) -> tuple[bytes, float]:
+        return self._signer.fields(grant, now), grant.headers_until
+
+    def used(self, grant: Grant, now: float) -> None:
+        self._grants.used(grant, now)
+
+
+def bare_lane() -> Lane:
+    """For listeners without shares: every request is aiohttp's."""
+    return Lane(
+        cookies={},
+        tokens={},
+        bearer=BEARER_PREFIX.encode("ascii"),
+        statuses=STATUS_OF_RESET,
+        buckets=DURATIONS,
+        abort_now=abort_now,
+        fast=False,
+    )
