@@ -22,6 +22,7 @@ import pytest
 from aiohttp import WSMsgType, web
 from support.stack import EMAIL, RawServer, Stack, read_head, running
 
+from guestpass.edge import relay
 from guestpass.edge.plugins import PluginSet
 from guestpass.model import Revocation
 from guestpass.plugin import RequestContext
@@ -90,6 +91,11 @@ async def forever(request: web.Request) -> web.StreamResponse:
         request.app[STATE].open -= 1
 
 
+async def never(request: web.Request) -> web.Response:
+    await asyncio.sleep(3600)
+    return web.Response()
+
+
 async def echo(request: web.Request) -> web.WebSocketResponse:
     ws = web.WebSocketResponse(protocols=("chat",))
     await ws.prepare(request)
@@ -124,6 +130,7 @@ async def app() -> AsyncIterator[web.AppRunner]:
     application.router.add_get("/events", events)
     application.router.add_get("/forever", forever)
     application.router.add_get("/echo", echo)
+    application.router.add_get("/never", never)
     application.router.add_get("/cookies", cookies)
     application.router.add_get("/redirect", redirect)
     application.router.add_route("*", "/{tail:.*}", show)
@@ -210,6 +217,22 @@ async def test_large_uploads_arrive_whole(stack: Stack, chunked: bool) -> None:
 
     got = await stack.get("/upload", method="POST", data=parts() if chunked else io.BytesIO(body))
     assert json.loads(got.body)["sha256"] == hashlib.sha256(body).hexdigest()
+
+
+async def test_an_upload_may_take_longer_than_an_answer(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "RESPONSE_TIMEOUT", 1.0)
+
+    async def slowly() -> AsyncIterator[bytes]:
+        for _ in range(8):
+            yield b"x" * 1000
+            await asyncio.sleep(0.25)
+
+    response = await stack.get("/", method="POST", data=slowly())
+    assert response.status == 200
+    assert json.loads(response.body)["length"] == 8000
+    assert (await stack.get("/never")).status == 504, "nothing was to be taken, and no answer came"
 
 
 async def test_many_at_once(stack: Stack) -> None:
