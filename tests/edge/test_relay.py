@@ -199,6 +199,20 @@ async def test_identity_is_injected_and_secrets_are_removed(stack: Stack) -> Non
     assert (claims["email"], claims["share"]) == (EMAIL, stack.share_id)
 
 
+@pytest.mark.parametrize(
+    "forwarded", [{}, {"X-Forwarded-For": "127.0.0.1"}, {"X-Forwarded-For": "192.0.2.1"}]
+)
+async def test_behind_a_proxy_that_ends_tls_the_scheme_is_the_public_one(
+    app: web.AppRunner, tmp_path: Path, forwarded: dict[str, str]
+) -> None:
+    """Also when the visitor's address is the proxy's own, or the proxy does not tell it."""
+    async with running(tmp_path, url_of(app), edge={"trusted_proxies": ["127.0.0.0/8"]}) as stack:
+        stack.edge.origins.scheme = "https"
+        seen = dict(json.loads((await stack.get("/", headers=forwarded)).body)["headers"])
+        assert seen["X-Forwarded-Proto"] == "https"
+        assert seen["X-Forwarded-For"] == forwarded.get("X-Forwarded-For", "127.0.0.1")
+
+
 @pytest.mark.parametrize("length", ["&length", ""])
 async def test_large_responses_arrive_whole(stack: Stack, length: str) -> None:
     expected = hashlib.sha256(b"".join(bytes([n]) * MB for n in range(20))).hexdigest()

@@ -241,7 +241,7 @@ def client_address(
         for v in values(headers, b"x-forwarded-for")
         for h in v.decode("ascii", "replace").split(",")
     ]
-    while hops and _within(address, networks):
+    while hops and within(address, networks):
         candidate = hops.pop()
         try:
             address = str(ipaddress.ip_address(candidate.strip("[]")))
@@ -250,7 +250,8 @@ def client_address(
     return address
 
 
-def _within(address: str, networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]) -> bool:
+def within(address: str, networks: Iterable[ipaddress.IPv4Network | ipaddress.IPv6Network]) -> bool:
+    """Whether the address is in one of the networks."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
