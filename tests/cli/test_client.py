@@ -80,6 +80,29 @@ def test_requests_carry_the_key_and_json():
     assert json.loads(body) == {"name": "ü"}
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "sent"),
+    [
+        ("post", "/shares", 2),
+        ("post", "/shares/x/resend", 1),
+        ("post", "/shares/x/tokens", 1),
+        ("get", "/shares", 2),
+    ],
+)
+def test_what_cannot_be_repeated_is_sent_once(method, path, sent):
+    """The connection breaks when the request has been read and before the answer."""
+
+    def answer(self: Answer) -> None:
+        self.requests.append((self.path, dict(self.headers), b""))
+        self.close_connection = True
+
+    with serving(do_GET=answer, do_POST=answer) as (port, handler):
+        client = Client(f"http://127.0.0.1:{port}", KEY)
+        with pytest.raises(EdgeUnreachable):
+            client.get(path) if method == "get" else client.post(path, {})
+        assert len(handler.requests) == sent
+
+
 def test_problem_details_become_errors():
     problem = {
         "type": "about:blank",

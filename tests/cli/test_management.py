@@ -103,6 +103,17 @@ def test_the_whole_service_is_said_to_be_shared(guestpass, edge, command, share)
     assert "The whole service local/app is shared; limit it with --only or --scope." in text
 
 
+def test_a_service_that_nobody_offers(guestpass, edge, command):
+    assert "warning" not in command(
+        "share", "create", "--service", "local/app", "--to", "b@example.org", "--no-mail"
+    )
+    env = {"GUESTPASS_EDGE": edge["edge"], "GUESTPASS_API_KEY": edge["api_key"]}
+    arguments = ("share", "create", "--service", "local/nosuch", "--to", "b@example.org", "--no-mail")
+    result = guestpass(*arguments, env=env)
+    assert result.status == 0
+    assert "warning: No gateway that is connected offers local/nosuch (offered now: local/app)." in result.err
+
+
 def test_tokens_and_links(command, share):
     token = command("share", "token", share["id"], "--to", "b@example.org", "--expires", "1h")
     assert token["token"].startswith("gp_")

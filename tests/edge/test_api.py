@@ -337,6 +337,7 @@ async def test_create_and_read(s: Served) -> None:
         message="hello",
     )
     links = given.pop("links")
+    given.pop("warning", None)
     assert "notice" not in given
     assert set(links) == {"alice@example.org", "bob@example.org"}
     share, recipient = await s.w.service.resolve_link(secret_of(links["bob@example.org"]))
@@ -381,6 +382,12 @@ async def test_null_is_as_good_as_absent(s: Served) -> None:
 async def test_sharing_everything_is_pointed_out(s: Served) -> None:
     given = await s.share(path="/d/1")
     assert "whole service plant-a/dashboards" in given["notice"]
+
+
+async def test_sharing_what_nobody_offers_is_pointed_out(s: Served) -> None:
+    assert (
+        "No gateway that is connected offers plant-a/nosuch" in (await s.share(service="nosuch"))["warning"]
+    )
 
 
 async def test_repeating_a_creation(s: Served) -> None:

@@ -25,6 +25,7 @@ from aiohttp import WSMsgType, web
 from support.programs import free_port
 from support.stack import EMAIL, RawServer, Stack, read_head, running
 
+from guestpass.edge import relay
 from guestpass.edge.plugins import PluginSet
 from guestpass.model import Revocation
 from guestpass.plugin import RequestContext
@@ -96,6 +97,11 @@ async def forever(request: web.Request) -> web.StreamResponse:
         request.app[STATE].open -= 1
 
 
+async def never(request: web.Request) -> web.Response:
+    await asyncio.sleep(3600)
+    return web.Response()
+
+
 async def echo(request: web.Request) -> web.WebSocketResponse:
     ws = web.WebSocketResponse(protocols=("chat",))
     await ws.prepare(request)
@@ -130,6 +136,7 @@ async def app() -> AsyncIterator[web.AppRunner]:
     application.router.add_get("/events", events)
     application.router.add_get("/forever", forever)
     application.router.add_get("/echo", echo)
+    application.router.add_get("/never", never)
     application.router.add_get("/cookies", cookies)
     application.router.add_get("/redirect", redirect)
     application.router.add_route("*", "/{tail:.*}", show)
@@ -204,6 +211,20 @@ async def test_identity_is_injected_and_secrets_are_removed(stack: Stack) -> Non
     assert (claims["email"], claims["share"]) == (EMAIL, stack.share_id)
 
 
+@pytest.mark.parametrize(
+    "forwarded", [{}, {"X-Forwarded-For": "127.0.0.1"}, {"X-Forwarded-For": "192.0.2.1"}]
+)
+async def test_behind_a_proxy_that_ends_tls_the_scheme_is_the_public_one(
+    app: web.AppRunner, tmp_path: Path, forwarded: dict[str, str]
+) -> None:
+    """Also when the visitor's address is the proxy's own, or the proxy does not tell it."""
+    async with running(tmp_path, url_of(app), edge={"trusted_proxies": ["127.0.0.0/8"]}) as stack:
+        stack.edge.origins.scheme = "https"
+        seen = dict(json.loads((await stack.get("/", headers=forwarded)).body)["headers"])
+        assert seen["X-Forwarded-Proto"] == "https"
+        assert seen["X-Forwarded-For"] == forwarded.get("X-Forwarded-For", "127.0.0.1")
+
+
 @pytest.mark.parametrize("length", ["&length", ""])
 async def test_large_responses_arrive_whole(stack: Stack, length: str) -> None:
     expected = hashlib.sha256(b"".join(bytes([n]) * MB for n in range(20))).hexdigest()
@@ -222,6 +243,22 @@ async def test_large_uploads_arrive_whole(stack: Stack, chunked: bool) -> None:
 
     got = await stack.get("/upload", method="POST", data=parts() if chunked else io.BytesIO(body))
     assert json.loads(got.body)["sha256"] == hashlib.sha256(body).hexdigest()
+
+
+async def test_an_upload_may_take_longer_than_an_answer(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "RESPONSE_TIMEOUT", 1.0)
+
+    async def slowly() -> AsyncIterator[bytes]:
+        for _ in range(8):
+            yield b"x" * 1000
+            await asyncio.sleep(0.25)
+
+    response = await stack.get("/", method="POST", data=slowly())
+    assert response.status == 200
+    assert json.loads(response.body)["length"] == 8000
+    assert (await stack.get("/never")).status == 504, "nothing was to be taken, and no answer came"
 
 
 async def test_many_at_once(stack: Stack) -> None:

@@ -52,9 +52,11 @@ async def test_kill(tmp_path: Path) -> None:
         )
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        time.sleep(random.uniform(0.0, 0.15))
+        # So many acknowledgements, however slow the machine is, and then at any moment.
+        output = b"".join(process.stdout.readline() for _ in range(random.randrange(12)))
+        time.sleep(random.uniform(0.0, 0.02))
         process.kill()
-        output = process.communicate()[0]
+        output += process.communicate()[0]
         for line in output.decode().splitlines(keepends=True):
             if not line.endswith("\n"):
                 continue  # torn by the kill

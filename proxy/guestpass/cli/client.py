@@ -29,6 +29,10 @@ from guestpass.hosts import is_loopback
 # A deletion waits for every worker to have ended its streams; everything else answers in milliseconds.
 TIMEOUT = 30.0
 
+# Creations that the edge answers alike when the same Idempotency-Key comes twice: a connection that broke before the
+# answer is tried once more.
+IDEMPOTENT = frozenset(("/shares",))
+
 # An answer of the API is a page of shares at most; more is not our edge.
 MAX_ANSWER = 16 << 20
 
@@ -141,8 +145,9 @@ class Client:
                 return
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """With an Idempotency-Key: a connection that broke before the answer is tried once more, safely."""
-        return self._request("POST", path, body, {"Idempotency-Key": uuid.uuid4().hex})
+        """What cannot be repeated safely is sent once: a second try would mail, or make, the same thing twice."""
+        key = {"Idempotency-Key": uuid.uuid4().hex} if path in IDEMPOTENT else {}
+        return self._request("POST", path, body, key)
 
     def patch(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         return self._request("PATCH", path, body)
@@ -166,7 +171,7 @@ class Client:
         if body is not None:
             request.data = json.dumps(body).encode()
             request.add_header("Content-Type", "application/json")
-        for last in (False, True):
+        for last in (False, True) if method != "POST" or headers else (True,):
             try:
                 with self._opener.open(request, timeout=self._timeout) as answer:
                     return self._parse(answer.read(MAX_ANSWER), answer.status)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from guestpass.cli.client import connect, management_options
-from guestpass.cli.output import Output, count, fields, table, when
+from guestpass.cli.output import Output, count, fields, plain, table, when
 from guestpass.cli.parser import add_command, addresses, expires, flatten, number
 from guestpass.errors import UsageError
 
@@ -233,6 +233,8 @@ def _create(args: argparse.Namespace, output: Output) -> int:
             "",
             f"The whole service {share['site']}/{share['service']} is shared; limit it with --only or --scope.",
         ]
+    if warning := share.get("warning"):
+        output.warn(plain(warning))
     output.result(share, *lines)
     return 0
 

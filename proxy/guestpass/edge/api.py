@@ -273,6 +273,8 @@ class Api:
             extra["notice"] = (
                 f"No scope was given: the whole service {share.site}/{share.service} is shared, not only {share.path}."
             )
+        if warning := unoffered(self._gateways, share):
+            extra["warning"] = warning
         answer = m.CreatedShareOut(**self._share_out(share).__dict__, links=dict(created.links), **extra)
         response = _json(answer, 201)
         if created.repeated:
@@ -606,6 +608,15 @@ class Api:
             return self._now() - duration(text)
         except ValueError:
             return parse_moment(text, self._now())
+
+
+def unoffered(gateways: Gateways, share: Share) -> str:
+    """What an owner should hear who shares a service that nobody offers: the gateway may be off, or the name wrong."""
+    offered = sorted({f"{s.site}/{name}" for s in gateways.status() for name in s.services})
+    if f"{share.site}/{share.service}" in offered:
+        return ""
+    known = f"offered now: {', '.join(offered)}" if offered else "no gateway is connected"
+    return f"No gateway that is connected offers {share.site}/{share.service} ({known})."
 
 
 class BadBody(Invalid):

@@ -155,6 +155,7 @@ class CreatedShareOut(ShareOut):
         description="secrets, by address: they cannot be read again, only made anew"
     )
     notice: str = Field("", description="only when the whole service is shared")
+    warning: str = Field("", description="only when no gateway that is connected offers the service")
 
 
 class RevokedOut(Answer):

@@ -421,7 +421,8 @@ class Edge:
         address = h.client_address(peer, request.raw_headers, self.config.edge.trusted_proxies)
         request[CLIENT] = Client(address, request.headers.get("User-Agent", "")[:200])
         # A trusted proxy ends TLS for us; what it was spoken to as is our public scheme.
-        request[SCHEME] = "https" if request.secure else self.origins.scheme if address != peer else "http"
+        proxied = h.within(peer, self.config.edge.trusted_proxies)
+        request[SCHEME] = "https" if request.secure else self.origins.scheme if proxied else "http"
         share_id = self.origins.share_of(request.host)
         if share_id is not None:
             request[SHARE_ID] = share_id

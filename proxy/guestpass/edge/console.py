@@ -18,6 +18,7 @@ from aiohttp import web
 
 from guestpass import tokens
 from guestpass.addresses import split_addresses
+from guestpass.edge.api import unoffered
 from guestpass.edge.browser import (
     CONSOLE_COOKIE,
     FormRefused,
@@ -302,6 +303,8 @@ class Console:
         except Invalid as exc:
             return self._render_new(owner, values, {}, _words(exc))
         owner.tell("good", f"“{created.share.name}” is shared. The mails are on their way.")
+        if warning := unoffered(self._gateways, created.share):
+            owner.tell("warn", warning)
         return await self._render_share(owner, created.share.id, links=created.links)
 
     def _new_share(self, values: Mapping[str, str], faults: dict[str, str]) -> NewShare | None:

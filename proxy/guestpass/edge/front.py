@@ -301,7 +301,7 @@ class Front(Connection, asyncio.BufferedProtocol):
         return str(name[0]) if isinstance(name, tuple) and name else ""
 
     def trusts(self) -> bool:
-        return h.is_trusted(self._peer, self.house.trusted_proxies)
+        return h.within(self._peer, self.house.trusted_proxies)
 
     def forwarding(self, speaks_for: bytes | None) -> tuple[bytes, bytes]:
         peer = self._peer

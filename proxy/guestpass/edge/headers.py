@@ -61,6 +61,8 @@ NON_ALNUM = re.compile(rb"[^a-z0-9]")
 # Limits of the frame (SPEC.md): a head of more would not fit the tunnel.
 MAX_HEAD = 32 * 1024
 MAX_FIELDS = 128
+# Of them what the edge adds: nine fields of its own, two for an upgrade, and those of filters.
+ADDED_FIELDS = 16
 
 NO_BODY_STATUS = frozenset((204, 304))
 SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
@@ -112,7 +114,10 @@ def check_request(method: str, target: bytes, headers: RawHeaders, *, http11: bo
         raise BadRequest("the request target is not an absolute path")
     if target == b"*" and method != "OPTIONS":
         raise BadRequest("the request target * belongs to OPTIONS")
-    if len(headers) > MAX_FIELDS or sum(len(k) + len(v) + 4 for k, v in headers) > MAX_HEAD - 2048:
+    if (
+        len(headers) > MAX_FIELDS - ADDED_FIELDS
+        or sum(len(k) + len(v) + 4 for k, v in headers) > MAX_HEAD - 2048
+    ):
         raise BadRequest("the header is too large", 431)
     hosts = values(headers, b"host")
     if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
@@ -241,7 +246,7 @@ def client_address(
         for v in values(headers, b"x-forwarded-for")
         for h in v.decode("ascii", "replace").split(",")
     ]
-    while hops and _within(address, networks):
+    while hops and within(address, networks):
         candidate = hops.pop()
         try:
             address = str(ipaddress.ip_address(candidate.strip("[]")))
@@ -250,12 +255,8 @@ def client_address(
     return address
 
 
-def is_trusted(peer: str, trusted: Iterable[ipaddress.IPv4Network | ipaddress.IPv6Network]) -> bool:
-    """Whether the peer may say for whom it asks."""
-    return _within(peer, tuple(trusted))
-
-
-def _within(address: str, networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]) -> bool:
+def within(address: str, networks: Iterable[ipaddress.IPv4Network | ipaddress.IPv6Network]) -> bool:
+    """Whether the address is in one of the networks."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:

@@ -23,7 +23,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("guestpass.edge.relay")
 
-# How long an application may take to begin its answer. Long polling answers within a minute or two; reports that are
-# computed on request take longer.
+# How long an application may take to begin its answer, from the last piece of the request that it took. Long polling
+# answers within a minute or two; reports that are computed on request take longer.
 RESPONSE_TIMEOUT = 300.0
 
 # A request may be sent so often before the visitor is told.
@@ -116,6 +116,26 @@ class _GrantDropped(Exception):
 
 class _ResponseBroken(Exception):
     """The response cannot be finished after its head went out; the visitor's connection is cut so that they see it."""
+
+
+class _Patience:
+    """The time that is left for the answer to begin. An upload may take hours, as long as it goes on."""
+
+    def __init__(self) -> None:
+        self._timeout: asyncio.Timeout | None = None
+
+    @contextlib.asynccontextmanager
+    async def limit(self) -> AsyncIterator[None]:
+        """Raises TimeoutError."""
+        try:
+            async with asyncio.timeout(RESPONSE_TIMEOUT) as self._timeout:
+                yield
+        finally:
+            self._timeout = None
+
+    def progress(self) -> None:
+        if self._timeout is not None and not self._timeout.expired():
+            self._timeout.reschedule(asyncio.get_running_loop().time() + RESPONSE_TIMEOUT)
 
 
 @dataclass(slots=True, eq=False)
@@ -436,10 +456,11 @@ class Relay:
         stream = live.stream
         assert stream is not None
         pump: asyncio.Task[None] | None = None
+        patience = _Patience()
         if has_body:
-            pump = asyncio.create_task(_pump_request(request, stream))
+            pump = asyncio.create_task(_pump_request(request, stream, patience.progress))
         try:
-            head, fin = await self._response_head(request, stream, upgrade=upgrade)
+            head, fin = await self._response_head(request, stream, patience, upgrade=upgrade)
             if head.status == 101:
                 return await _serve_upgraded(request, stream, head)
             complete = pump is None or pump.done()
@@ -460,12 +481,12 @@ class Relay:
                     await pump
 
     async def _response_head(
-        self, request: web.Request, stream: TunnelStream, *, upgrade: bool
+        self, request: web.Request, stream: TunnelStream, patience: _Patience, *, upgrade: bool
     ) -> tuple[h.ResponseHead, bool]:
         """The final response head, and whether that is all. Interim ones (1xx) are passed on. Raises BadResponse,
         StreamReset."""
         try:
-            async with asyncio.timeout(RESPONSE_TIMEOUT):
+            async with patience.limit():
                 while True:
                     received = await stream.head()
                     head = h.parse_response(received.data)
@@ -539,11 +560,12 @@ async def _write(request: web.Request, data: bytes) -> None:
         raise _ResponseBroken("the visitor went away") from exc
 
 
-async def _pump_request(request: web.Request, stream: TunnelStream) -> None:
+async def _pump_request(request: web.Request, stream: TunnelStream, progress: Callable[[], None]) -> None:
     """The visitor's request body into the stream, in bounded memory."""
     try:
         while data := await request.content.readany():
             await stream.write(data)
+            progress()
         stream.finish()
     except StreamReset:
         return  # the response side sees it too, and answers
