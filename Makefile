@@ -15,7 +15,7 @@ SOURCES := $(shell find proxy _speedups plugins -type f ! -name '*.so' ! -name '
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-apps check format screenshots bench faults fuzz-asan build clean
+.PHONY: help demo test test-apps check format screenshots bench bench-tunnel faults fuzz-asan build clean
 
 help:
 	@echo "make demo         share the bundled sample dashboard and print the link"
