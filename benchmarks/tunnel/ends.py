@@ -128,7 +128,7 @@ class GatewayEnd(GatewayLink):
         if self.lane == "c":
             import lane
 
-            session: Session = lane.EchoSession(False, handler, budget, **limits)
+            session: Session = lane.WorkSession(False, handler, budget, **limits)
             return session
         return super()._new_session(handler, budget, **limits)
 
@@ -315,6 +315,13 @@ class EdgeWork:
             while data := await stream.read():
                 got += len(data)
             window = stream._raw.window
+        elif self.lane == "c":
+            import lane
+
+            finished = Finished()
+            fetched: Any = lane.fetch(link.session, head, finished)
+            await finished.future
+            got, window = fetched.got, fetched.last_window
         else:
             finished = Finished()
             sink = Sink(finished)
