@@ -210,7 +210,7 @@ class AsGateway:
             body = {"join_token": token, "name": self.name, "public_key": self.public}
             status, answer = await self._post("/api/v1/gateways/enroll", body)
             if status != 200 and status != 201:
-                sys.exit(f"enrolment: {status} {answer}")
+                sys.exit(f"enrolment: {status} {answer.decode('utf-8', 'replace')}")
             self.site = json.loads(answer)["site"]
         if self.options.share:
             self.share = self.options.share
@@ -432,13 +432,15 @@ async def edge_second_hello(gateway: AsGateway) -> None:
 @of_edge("7", "a HELLO with a wrong role, type, nonce or JSON is PROTOCOL_ERROR")
 async def edge_wrong_hello(gateway: AsGateway) -> None:
     good = gateway.hello()[0]
-    wrong = [
-        {**good, **change} for change in ({"role": "edge"}, {"version": "1"}, {"nonce": "AA"}, {"floor": 1})
-    ]
-    payloads = [json.dumps(fields).encode() for fields in (*wrong, {**good, "epoch": 5}, [good])] + [
-        b"{",
-        b"\xff",
-    ]
+    changes: tuple[dict[str, Any], ...] = (
+        {"role": "edge"},
+        {"version": "1"},
+        {"nonce": "AA"},
+        {"floor": 1},
+        {"epoch": 5},
+    )
+    payloads = [json.dumps({**good, **change}).encode() for change in changes]
+    payloads += [json.dumps([good]).encode(), b"{", b"\xff"]
     for payload in payloads:
         peer = await gateway.dial()
         peer.write(wire.frame(wire.HELLO, 0, payload))
@@ -562,11 +564,11 @@ async def edge_glitches(gateway: AsGateway) -> None:
 
 @of_edge("2.1", "OPEN from a gateway, and frames for streams that were never opened, are PROTOCOL_ERROR")
 async def edge_never_opened(gateway: AsGateway) -> None:
-    frames = (
+    frames = [
         open_frame(1, head("GET / HTTP/1.1\nhost: a")),
         head_frame(1, OK),
         wire.frame(wire.DATA, 9, b"x"),
-    )
+    ]
     frames += (wire.reset(1, 5), wire.frame(wire.RESET_ACK, 1), wire.u64(wire.CREDIT, 9, 1))
     for frame in frames:
         peer = await gateway.join()

@@ -54,7 +54,8 @@ def pieces_of(data: bytes, most: int) -> Iterator[list[bytes]]:
 
 def frames(data: bytes) -> None:
     """The codec that tests and tools use, against the oracle's."""
-    found, rest, wrong = [], data, False
+    found: list[tuple[int, int, int, bytes]] = []
+    rest, wrong = data, False
     try:
         found, rest = split_frames(data)
     except ValueError:
