@@ -148,8 +148,12 @@ cdef class WebSocket:
         """One binary message of what `session.fill(limit, now)` would give, b"" if there is nothing to send.
 
         One copy, where `wrap` of `fill` makes two."""
-        cdef Py_ssize_t size = session.fill_shared(limit, now)
-        cdef bytes message = self._frame(BINARY, session.shared(), size) if size else b""
+        cdef Py_ssize_t size
+        cdef bytes message
+        if self.client and self._random_used + 4 > PyBytes_GET_SIZE(self._random):
+            self._draw()        # first: the system call lets other threads run, and their sessions share the buffer
+        size = session.fill_shared(limit, now)
+        message = self._frame(BINARY, session.shared(), size) if size else b""
         session.filled()
         return message
 
@@ -172,11 +176,15 @@ cdef class WebSocket:
         """RFC 6455 section 5.3: unpredictable, fresh for every frame."""
         cdef uint32_t key
         if self._random_used + 4 > PyBytes_GET_SIZE(self._random):
-            self._random = urandom(RANDOM_POOL)
-            self._random_used = 0
+            self._draw()
         memcpy(&key, PyBytes_AS_STRING(self._random) + self._random_used, 4)
         self._random_used += 4
         return key
+
+    cdef int _draw(self) except -1:
+        self._random = urandom(RANDOM_POOL)
+        self._random_used = 0
+        return 0
 
     cdef bytes _frame(self, int opcode, const uint8_t* payload, Py_ssize_t size):
         cdef uint8_t header[HEADER_MAX]

@@ -128,7 +128,7 @@ class GatewayEnd(GatewayLink):
         if self.lane == "c":
             import lane
 
-            session: Session = lane.EchoSession(False, handler, budget, **limits)
+            session: Session = lane.WorkSession(False, handler, budget, **limits)
             return session
         return super()._new_session(handler, budget, **limits)
 
@@ -315,6 +315,13 @@ class EdgeWork:
             while data := await stream.read():
                 got += len(data)
             window = stream._raw.window
+        elif self.lane == "c":
+            import lane
+
+            finished = Finished()
+            fetched: Any = lane.fetch(link.session, head, finished)
+            await finished.future
+            got, window = fetched.got, fetched.last_window
         else:
             finished = Finished()
             sink = Sink(finished)
@@ -343,9 +350,11 @@ class EdgeWork:
         return {"came": came, "rtt": link.session.rtt, "window": window}
 
     async def beside(
-        self, link: EdgeLink, small: int, seconds: float, bulk: bool, stalled: bool
+        self, link: EdgeLink, small: int, seconds: float, bulk: float | None, stalled: bool
     ) -> dict[str, Any]:
-        """`small` streams at a time, one exchange after the other, each followed by a pause; milliseconds of each."""
+        """`small` streams at a time, one exchange after the other, each followed by a pause; milliseconds of each.
+
+        `bulk`: bytes a second at which another stream's visitor takes what comes; 0: as fast as he can."""
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
         times: list[float] = []
@@ -357,13 +366,16 @@ class EdgeWork:
 
         async def drain(stream: TunnelStream) -> None:
             await stream.head()
+            began = loop.time()
             while loop.time() < until:
                 moved[0] += len(await stream.read())
+                if bulk:
+                    await asyncio.sleep(began + moved[0] / bulk - loop.time())
 
         if stalled:
             others.append(link.open("web", head, fin=True, interactive=False))
             await others[-1].head()
-        if bulk:
+        if bulk is not None:
             others.append(link.open("web", head, fin=True, interactive=False))
             tasks.append(loop.create_task(drain(others[-1])))
 

@@ -12,7 +12,8 @@ bulk    one stream, gateway to edge (the masked direction), plain TCP. Peer: yam
 tls     the same through TLS 1.3. A core is a second of CPU, of sender and receiver together. Limit: AES-256-GCM of
         `openssl speed`, once to encrypt and once to decrypt
 wan     one stream over 100 ms and 1 Gbit/s (wan.py), from the third second on
-beside  99 visitors with small exchanges, alone, and beside one download and one stalled stream
+beside  99 visitors with small exchanges, alone, and beside a download of 1 Gbit/s and a stalled stream; in the details
+        beside a download as fast as the two processes can, when what is measured is also the lack of a third core
 frame   instructions for one received DATA frame of 64 B (instructions.py)
 idle    resident memory of 10,000 idle streams of one gateway, without sockets; each of them works afterwards
 
@@ -45,6 +46,7 @@ BULK_BYTES = 2_000_000_000
 CONCURRENT = 64
 IDLE_STREAMS = 10_000
 VISITORS = 99
+DOWNLOAD = 125_000_000
 
 
 class Skipped(Exception):
@@ -133,7 +135,9 @@ class Yamux:
         self.port = self.server.stdout.readline().strip()
 
     def run(self, *arguments: Any) -> dict[str, Any]:
+        """The client's figures; `cpu` is that of both ends."""
         what, *rest = map(str, arguments)
+        before = cpu_of(self.server.pid)
         done = subprocess.run(
             [self.program, what, self.port, *rest],
             capture_output=True,
@@ -142,11 +146,18 @@ class Yamux:
             env=self.environment,
         )
         fields: dict[str, Any] = json.loads(done.stdout)
+        fields["cpu"] += cpu_of(self.server.pid) - before
         return fields
 
     def close(self) -> None:
         self.server.terminate()
         self.server.wait()
+
+
+def cpu_of(pid: int) -> float:
+    """Seconds of CPU of a process, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -216,6 +227,7 @@ def echo(report: Report, folder: Path) -> None:
     lanes: dict[str, list[float]] = {"c": [], "python": [], "task": []}
     cpu: dict[str, list[float]] = {lane: [] for lane in lanes}
     peer: list[float] = []
+    peer_cpu: list[float] = []
     try:
         with (
             tunnel(folder, "c") as in_c,
@@ -231,7 +243,9 @@ def echo(report: Report, folder: Path) -> None:
                     lanes[lane].append(rate(result))
                     used = result["cpu"] + gateway.do("usage")["cpu"] - before
                     cpu[lane].append(1e6 * used / total)
-                peer.append(rate(yamux.run("echo", ECHO_STREAMS // 2, CONCURRENT)))
+                result = yamux.run("echo", ECHO_STREAMS // 2, CONCURRENT)
+                peer.append(rate(result))
+                peer_cpu.append(1e6 * result["cpu"] / result["count"])
     finally:
         yamux.close()
     report.add("echo", "open + echo 200 B + close, yamux", lanes["c"], peer, "streams/s", 4)
@@ -240,7 +254,10 @@ def echo(report: Report, folder: Path) -> None:
         "echo", "  the same with an asyncio task a stream, both ends", lanes["task"], peer, "streams/s", 1
     )
     report.details["echo"] = {
-        "cpu_microseconds_of_both_ends_per_stream": {lane: statistics.median(cpu[lane]) for lane in cpu}
+        "cpu_microseconds_of_both_ends_per_stream": {
+            **{lane: statistics.median(cpu[lane]) for lane in cpu},
+            "yamux": statistics.median(peer_cpu),
+        }
     }
 
 
@@ -248,29 +265,44 @@ def bulk(report: Report, folder: Path) -> None:
     yamux = Yamux(folder, YAMUX_WINDOW="default")
     wide = Yamux(folder)
     ours: list[float] = []
+    handlers: list[float] = []
     tasks: list[float] = []
     peer: list[float] = []
+    peer_cores: list[float] = []
     wider: list[float] = []
+    wider_cores: list[float] = []
     cores: list[float] = []
     try:
-        with tunnel(folder, "python") as (edge, gateway), tunnel(folder, "task") as (edge_task, _):
+        with (
+            tunnel(folder, "c") as (edge, gateway),
+            tunnel(folder, "python") as (edge_python, _),
+            tunnel(folder, "task") as (edge_task, _),
+        ):
             edge.do("bulk", size=BULK_BYTES // 4)
             for _ in range(report.rounds):
                 before = gateway.do("usage")["cpu"]
                 result = edge.do("bulk", size=BULK_BYTES)
                 ours.append(rate(result) / 1e9)
                 cores.append(BULK_BYTES / 1e9 / (result["cpu"] + gateway.do("usage")["cpu"] - before))
-                peer.append(rate(yamux.run("bulk", BULK_BYTES)) / 1e9)
-                wider.append(rate(wide.run("bulk", BULK_BYTES)) / 1e9)
+                for program, rates, by_core in ((yamux, peer, peer_cores), (wide, wider, wider_cores)):
+                    result = program.run("bulk", BULK_BYTES)
+                    rates.append(rate(result) / 1e9)
+                    by_core.append(BULK_BYTES / 1e9 / result["cpu"])
+                handlers.append(rate(edge_python.do("bulk", size=BULK_BYTES)) / 1e9)
                 tasks.append(rate(edge_task.do("bulk", size=BULK_BYTES // 2)) / 1e9)
     finally:
         yamux.close()
         wide.close()
     report.add("bulk", "one bulk stream, yamux", ours, peer, "GB/s", 2)
     report.details["bulk"] = {
+        "GB/s by Python handlers": statistics.median(handlers),
         "GB/s by TunnelStream and a task at both ends": statistics.median(tasks),
         "GB/s by yamux with a window of 6 MiB": statistics.median(wider),
-        "our GB per CPU second of both ends": statistics.median(cores),
+        "GB per CPU second of both ends": {
+            "ours": statistics.median(cores),
+            "yamux": statistics.median(peer_cores),
+            "yamux with a window of 6 MiB": statistics.median(wider_cores),
+        },
     }
 
 
@@ -282,7 +314,7 @@ def tls(report: Report, folder: Path) -> None:
     sender: list[float] = []
     receiver: list[float] = []
     wall: list[float] = []
-    with tunnel(folder, "python", tls=True) as (edge, gateway):
+    with tunnel(folder, "c", tls=True) as (edge, gateway):
         edge.do("bulk", size=BULK_BYTES // 8)
         for _ in range(report.rounds):
             limits.append(cipher_speed())
@@ -335,12 +367,15 @@ def beside(report: Report, folder: Path) -> None:
     alone: list[float] = []
     crowded: list[float] = []
     ratios: list[float] = []
+    unbound: list[float] = []
     last: dict[str, Any] = {}
     with tunnel(folder, "task") as (edge, _):
-        edge.do("beside", small=VISITORS, seconds=1, bulk=False, stalled=False)
+        edge.do("beside", small=VISITORS, seconds=1, bulk=None, stalled=False)
         for _ in range(report.rounds):
-            first = edge.do("beside", small=VISITORS, seconds=3, bulk=False, stalled=False)
-            last = edge.do("beside", small=VISITORS, seconds=3, bulk=True, stalled=True)
+            first = edge.do("beside", small=VISITORS, seconds=3, bulk=None, stalled=False)
+            last = edge.do("beside", small=VISITORS, seconds=3, bulk=DOWNLOAD, stalled=True)
+            flat_out = edge.do("beside", small=VISITORS, seconds=2, bulk=0, stalled=True)
+            unbound.append(flat_out["p99"] / first["p99"])
             alone.append(first["p99"])
             crowded.append(last["p99"])
             ratios.append(last["p99"] / first["p99"])
@@ -349,7 +384,11 @@ def beside(report: Report, folder: Path) -> None:
     report.add(
         "beside", "99 small streams, p99 beside bulk and a stalled one", crowded, alone, "ms", 1.5, most=True
     )
-    report.details["beside"] = {"ratios": ratios, "last round": last}
+    report.details["beside"] = {
+        "ratios": ratios,
+        "ratio beside a download without a bound": statistics.median(unbound),
+        "last round": last,
+    }
 
 
 def frame(report: Report, folder: Path) -> None:

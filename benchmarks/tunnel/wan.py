@@ -19,6 +19,7 @@ import array
 import contextlib
 import ctypes
 import fcntl
+import itertools
 import os
 import secrets
 import select
@@ -134,7 +135,7 @@ def measure(end: Callable[..., Any], folder: Path) -> dict[str, Any]:
     rate = (last[1] - first[1]) / (last[0] - first[0])
     steps = [
         [round(at, 2), round(8 * (b - a) / (at - before) / 1e6)]
-        for (before, a), (at, b) in zip(came, came[1:])
+        for (before, a), (at, b) in itertools.pairwise(came)
     ]
     return {
         "share": rate / RATE,

@@ -17,8 +17,9 @@ FIN, INTERIM = 1, 2
 LAST_ID = 2**30 - 1
 
 # Least and most payload of each type; those from PING on belong to the tunnel, stream 0.
-SIZES = ((0, 16_368), (4, 65_535), (2, 65_535), (0, 32_768), (8, 8), (4, 4), (0, 0), (8, 8), (8, 8), (8, 8))
-SIZES += ((0, 16_384), (0, 16_384), (0, 65_535))
+LEAST = (0, 4, 2, 0, 8, 4, 0, 8, 8, 8, 0, 0, 0)
+MOST = (16_368, 65_535, 65_535, 32_768, 8, 4, 0, 8, 8, 8, 16_384, 16_384, 65_535)
+SIZES = tuple(zip(LEAST, MOST, strict=True))
 MAX_DATA, MAX_HEAD, FLOOR = 16_368, 32_768, 32_768
 
 NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, FLOW_CONTROL_ERROR, LIMIT_EXCEEDED, CANCEL, REVOKED = range(7)

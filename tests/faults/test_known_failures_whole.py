@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import random
+import statistics
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from guestpass_speedups.session import MAX_WINDOW, ErrorCode
 
 pytestmark = pytest.mark.timeout(300 if LONG else 120)
 
-BLOCKS, BLOCK_SECONDS = (30, 1.0) if LONG else (2, 0.5)
+BLOCKS, BLOCK_SECONDS = (31, 1.0) if LONG else (3, 0.3)
 OTHERS = 99
 PAGE = b"HTTP/1.1 200 OK\r\ncontent-length: 200\r\n\r\n"
 
@@ -55,38 +56,46 @@ async def test_one_stalled_stream_of_100(tmp_path: Path) -> None:
                     pass
                 times.append(time.perf_counter() - began)
 
-        async def block(times: list[float]) -> None:
+        async def block() -> float:
+            """p99 of one block."""
+            times: list[float] = []
             stop.clear()
             tasks = [asyncio.create_task(visit(times)) for _ in range(OTHERS)]
             await asyncio.sleep(BLOCK_SECONDS)
             stop.set()
             await asyncio.gather(*tasks)
+            gateway.streams.clear()
+            nonlocal count
+            count += len(times)
+            return percentile(times, 0.99)
 
+        count = held = promised = 0
         alone: list[float] = []
         beside: list[float] = []
-        held = 0
-        await block([])  # warm
+        await block()  # warm
         for number in range(BLOCKS * 2):
             if (
                 number + number // 2
             ) % 2:  # with, without, without, with: a machine that gets slower hits both
-                await block(alone)
+                alone.append(await block())
                 continue
             stalled = request("/forever")
             await stalled.head()
-            await block(beside)
+            beside.append(await block())
             held = max(held, stalled.buffered)
-            promised = edge.budget.promised
+            promised = max(promised, edge.budget.promised)
             stalled.reset(ErrorCode.CANCEL)
             await stalled.wait_closed()
-        ratio = percentile(beside, 0.99) / percentile(alone, 0.99)
         await gateway.close()
+    # The median of the blocks: when the machine takes the processor away, all streams of one block wait at once.
+    p99 = statistics.median(beside), statistics.median(alone)
+    ratio = p99[0] / p99[1]
     row(
         "one stalled stream of 100",
-        f"{OTHERS} streams, one after the other each, beside a download that nobody reads; blocks of "
-        f"{BLOCK_SECONDS:g} s with and without it, {len(alone) + len(beside)} streams",
-        f"p99 {percentile(beside, 0.99) * 1e3:.2f} ms beside, {percentile(alone, 0.99) * 1e3:.2f} ms without: "
-        f"{ratio:.2f}×; {held >> 10} KiB held, {promised >> 10} KiB promised",
+        f"{OTHERS} streams at a time beside a download that nobody reads; {BLOCKS} blocks of {BLOCK_SECONDS:g} s with "
+        f"it and {BLOCKS} without, {count} streams",
+        f"p99 {p99[0] * 1e3:.2f} ms beside, {p99[1] * 1e3:.2f} ms without: {ratio:.2f}×; {held >> 10} KiB held, "
+        f"{promised >> 10} KiB promised",
         "≤ 1.1×; within its window",
         ok=ratio <= 1.1 and held <= promised <= MAX_WINDOW,
         timing=held <= promised <= MAX_WINDOW,

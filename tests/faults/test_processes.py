@@ -39,9 +39,9 @@ async def test_killed_gateway_of_two(tmp_path: Path) -> None:
             f"{len(load.answers)} requests, {len(load.failed)} failed; waiting ones go to the other gateway "
             f"in {max(over, 0):.2f} s",
             "0 failed; ≤ 1 s",
-            ok=not load.failed,
+            ok=not load.failed and over <= 1,
+            timing=not load.failed,
         )
-        assert over < 10, load.why()
 
 
 async def test_a_killed_gateway_is_back_under_its_name(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from guestpass.shares.store import gateways as gateway_rows
 SITE = "plant"
 SERVICE = "dash"
 EMAIL = "alice@example.org"
-START_SECONDS = 20.0
+START_SECONDS = 40.0
 APP = Path(__file__).parents[1] / "support" / "fault_app.py"
 
 # A request that takes longer is stuck: nothing here may take so long, whatever happens.

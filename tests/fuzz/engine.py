@@ -30,7 +30,27 @@ FINDINGS = FOLDER / "findings"
 # Inputs do not grow beyond this: a frame has up to 65,543 bytes.
 MAX_INPUT = 140_000
 # Numbers that limits and length fields turn on.
-NUMBERS = (0, 1, 2, 7, 8, 9, 125, 126, 127, 128, 255, 256, 4095, 4096, 16_367, 16_368, 16_369, 16_384, 16_385)
+NUMBERS: tuple[int, ...] = (
+    0,
+    1,
+    2,
+    7,
+    8,
+    9,
+    125,
+    126,
+    127,
+    128,
+    255,
+    256,
+    4095,
+    4096,
+    16_367,
+    16_368,
+    16_369,
+    16_384,
+    16_385,
+)
 NUMBERS += (
     32_767,
     32_768,

@@ -54,7 +54,8 @@ def pieces_of(data: bytes, most: int) -> Iterator[list[bytes]]:
 
 def frames(data: bytes) -> None:
     """The codec that tests and tools use, against the oracle's."""
-    found, rest, wrong = [], data, False
+    found: list[tuple[int, int, int, bytes]] = []
+    rest, wrong = data, False
     try:
         found, rest = split_frames(data)
     except ValueError:
@@ -213,19 +214,24 @@ def new_session(options: int, budget: Budget) -> tuple[Session, Handler]:
     return session, handler
 
 
-def drained(session: Session) -> bytes:
+def drained(session: Session, outer: WebSocket | None) -> bytes:
+    """All that it has to say; through `outer`, if there is one, and out of its frames again."""
     out = b""
+    peer = WebSocket(not outer.client) if outer is not None else None
     for _ in range(100):
         if not session.has_output:
             return out
-        piece = session.fill(65_536, 0.0)
+        if outer is not None and peer is not None:
+            piece = peer.feed(outer.wrap_output(session, 65_536, 0.0))
+        else:
+            piece = session.fill(65_536, 0.0)
         assert piece or not session.has_output
         out += piece
     raise AssertionError("the output never runs dry")
 
 
-def finish(session: Session, handler: Handler, budget: Budget) -> bytes:
-    out = drained(session)
+def finish(session: Session, handler: Handler, outer: WebSocket | None) -> bytes:
+    out = drained(session, outer)
     if session.failure is not None:
         assert out.endswith(int(session.failure.code).to_bytes(4, "big"))
         try:
@@ -265,7 +271,7 @@ def feed_session(options: int, pieces: Sequence[bytes], *, framed: bool) -> tupl
         finally:
             view[:] = b"\xaa" * len(view)  # the buffer is the next read's: nothing may refer to it
     log = list(handler.log)
-    out = finish(session, handler, budget)
+    out = finish(session, handler, outer)
     stats = session.stats()
     del session, handler.session
     # What one piece brought after the end, and before a WebSocket error, depends on the cut.
@@ -370,8 +376,11 @@ class Program(Handler):
         self.guard(lambda: self.sessions[1 - which].receive(exact(piece), self.now))
 
     def pull(self, which: int, limit: int) -> None:
-        if limit % 3:
+        if limit % 3 == 1:
             self.wire[which] += self.sessions[which].fill(limit, self.now)
+        elif limit % 3 == 2:
+            message = WebSocket(bool(limit & 1)).wrap_output(self.sessions[which], limit, self.now)
+            self.wire[which] += WebSocket(not limit & 1).feed(message)
         else:
             room = memoryview(bytearray(ROOM))
             size = self.sessions[which].fill_into(room, self.now)

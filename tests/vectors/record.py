@@ -326,15 +326,11 @@ def rules() -> list[dict[str, str]]:
     rule("a second HELLO", gateway, "hello", HELLO_EDGE, wrong)
     rule("a second HELLO", edge, "hello", HELLO_GATEWAY, wrong)
     rule("a ninth AUTH", both, "verdict", frame(model.AUTH, 0, b"{}") * 8, wrong)
-    for kind in model.NAMES:
-        number = model.NAMES.index(kind)
-        rule(
-            f"{kind} on the wrong kind of stream",
-            both,
-            "verdict",
-            frame(number, 0 if number < 7 else 1, bytes(8)),
-            wrong,
-        )
+    least = {model.OPEN: 4, model.HEAD: 2, model.CREDIT: 8, model.RESET: 4}
+    least |= {model.PING: 8, model.PONG: 8, model.GOAWAY: 8}
+    for kind, name in enumerate(model.NAMES):
+        misplaced = frame(kind, 0 if kind < model.PING else 1, bytes(least.get(kind, 0)))
+        rule(f"{name} on the wrong kind of stream", both, "verdict", misplaced, wrong)
     for kind, size in (
         (model.DATA, 16_369),
         (model.CREDIT, 7),

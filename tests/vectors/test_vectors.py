@@ -4,7 +4,9 @@ versions differ (SPEC.md, 12.)."""
 from __future__ import annotations
 
 import asyncio
+import importlib.resources
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -318,6 +320,21 @@ def test_what_is_signed(recorded: Mapping[str, Any]) -> None:
         gateway=gateway,
     )
     assert again == proof
+
+
+def test_the_proof_of_the_specification() -> None:
+    """SPEC.md, 13.: what is signed, and the signature, byte by byte; both are recorded."""
+    page = importlib.resources.files("guestpass").joinpath("mux/SPEC.md").read_text(encoding="utf-8")
+    _, signed, _, signature, *_ = page.split("*A proof.*")[1].split("```")
+    hexadecimal = re.compile(r"(?:[0-9a-f]{2}(?:  ?|$))+", re.MULTILINE)
+
+    def octets(block: str) -> str:
+        found = (hexadecimal.match(line.strip()) for line in block.strip().splitlines())
+        return bytes.fromhex("".join(match[0] for match in found if match)).hex()
+
+    said = RELEASES["0.1"]["handshake"]
+    assert octets(signed) == said["signed"]
+    assert octets(signature) == said["signature"]
 
 
 # ── rules ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,7 +4,7 @@
 //	yamux echo PORT STREAMS CONCURRENT each stream: open, send SIZE bytes, get them back, close
 //	yamux bulk PORT BYTES              one stream; the server sends BYTES
 //
-// The client prints {"count": streams or bytes, "seconds": …}. Built without a network:
+// The client prints {"count": streams or bytes, "seconds": …, "cpu": its seconds of CPU}. Built without a network:
 // GOPATH=/usr/share/gocode GO111MODULE=off go build (Debian: golang-go, golang-github-hashicorp-yamux-dev).
 package main
 
@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/hashicorp/yamux"
@@ -153,13 +154,20 @@ func bulk() float64 {
 	return time.Since(begin).Seconds()
 }
 
+func report(count uint64, seconds float64) {
+	var used syscall.Rusage
+	check(syscall.Getrusage(syscall.RUSAGE_SELF, &used))
+	cpu := time.Duration(used.Utime.Nano() + used.Stime.Nano()).Seconds()
+	fmt.Printf("{\"count\": %d, \"seconds\": %f, \"cpu\": %f}\n", count, seconds, cpu)
+}
+
 func main() {
 	switch os.Args[1] {
 	case "serve":
 		server()
 	case "echo":
-		fmt.Printf("{\"count\": %d, \"seconds\": %f}\n", number(3), echo())
+		report(number(3), echo())
 	case "bulk":
-		fmt.Printf("{\"count\": %d, \"seconds\": %f}\n", number(3), bulk())
+		report(number(3), bulk())
 	}
 }

@@ -285,7 +285,13 @@ class Link(asyncio.BufferedProtocol):
         transport = self._transport
         if self._paused or transport is None or self.end is not None:
             return
-        if self._write_frames(transport) and self.session.has_output and not self._paused:
+        try:
+            written = self._write_frames(transport)
+        except Exception:
+            log.exception("tunnel with %s: a fault of our own", self._who())
+            self._fail(ErrorCode.INTERNAL_ERROR, "a fault of our own")
+            return
+        if written and self.session.has_output and not self._paused:
             self.output_ready()
 
     def _write_frames(self, transport: asyncio.Transport) -> bool:
@@ -353,14 +359,13 @@ class Link(asyncio.BufferedProtocol):
             return
         transport = self._transport
         if transport is not None and not transport.is_closing():
-            if not end.by_peer:
-                self.session.goaway(end.code)
-                self._write_frames(transport)
-            if close_code is None:
-                close_code = NORMAL if end.code in (ErrorCode.NO_ERROR, ErrorCode.DRAINING) else GOING_AWAY
-            frame = self._websocket.close(close_code)
-            if frame:
-                transport.write(frame)
+            try:
+                self._say_goodbye(transport, end, close_code)
+            except (
+                Exception
+            ):  # whatever is wrong, the tunnel ends, and everybody who waits for it hears of that
+                log.exception("tunnel with %s: a fault of our own at its end", self._who())
+                transport.abort()
         self._note_end(end)
         if transport is not None:
             transport.close()
@@ -368,6 +373,16 @@ class Link(asyncio.BufferedProtocol):
                 self._deadline = self._loop.call_later(SILENT_CLOSE_TIMEOUT, abort_now, transport)
             else:
                 self._deadline = self._loop.call_later(CLOSE_TIMEOUT, transport.abort)
+
+    def _say_goodbye(self, transport: asyncio.Transport, end: End, close_code: int | None) -> None:
+        if not end.by_peer:
+            self.session.goaway(end.code)
+            self._write_frames(transport)
+        if close_code is None:
+            close_code = NORMAL if end.code in (ErrorCode.NO_ERROR, ErrorCode.DRAINING) else GOING_AWAY
+        frame = self._websocket.close(close_code)
+        if frame:
+            transport.write(frame)
 
     def _note_end(self, end: End) -> None:
         self.end = end
