@@ -109,7 +109,7 @@ cdef enum:
 
 cdef double HEAD_SECONDS = 30.0         # for a request head, from its first byte; for the first, from the connection
 cdef double IDLE_SECONDS = 75.0         # between requests; nginx's default
-cdef double ANSWER_SECONDS = 300.0      # from the request to the head of its answer (edge/relay.py)
+cdef double ANSWER_SECONDS = 300.0      # from the last of the request to the head of its answer (edge/relay.py)
 cdef double LINGER_SECONDS = 2.0        # answered before the request had ended
 cdef double HALF_CLOSED_SECONDS = 10.0  # the application's last bytes after a visitor's end (edge/relay.py)
 # How exactly the last use of a session is known. Nobody asks for less than a minute.
@@ -140,6 +140,8 @@ cdef enum:      # what a connection waits for
     T_LINGER
     T_HALF_CLOSED
     N_TIMERS
+
+TIMERS = ("NONE", "HEAD", "IDLE", "ANSWER", "LINGER", "HALF_CLOSED")
 
 cdef struct TimerList:
     PyObject *first
@@ -685,6 +687,11 @@ cdef class Connection:
         return PHASES[self.phase]
 
     @property
+    def time_limit(self):
+        """What the connection waits for and until when (monotonic); None: for as long as it takes."""
+        return None if self.timer == T_NONE else (TIMERS[self.timer], self.due)
+
+    @property
     def held_bytes(self):
         """Of the visitor's, not handed on yet."""
         return self.held_size
@@ -706,14 +713,12 @@ cdef class Connection:
         self._wait(T_HEAD)
 
     def connection_lost(self, exc):
-        self._wait(T_NONE)
         self.lane.connections.discard(self)
         self._drop_stream(CANCEL)
-        self.phase = P_GONE
+        self._gone()
         self.kept = None
         self.last = None
         self._drop_held()
-        self.queue = None
         self.lost(exc)
         self._write = None
         self.transport = None
@@ -946,6 +951,8 @@ cdef class Connection:
             return 0
         if not self.stream.send_raw(data, size, last) and not last:
             self.blocked = True
+        if self.timer == T_ANSWER:
+            self._wait(T_ANSWER)        # an upload may take longer, if it only moves
         return 0
 
     @final
@@ -1047,7 +1054,7 @@ cdef class Connection:
         self._wait(T_ANSWER)
         stream.grant_.streams.add(stream)
         if REQUEST.expect_continue and self.framing != BODY_NONE and n == size:
-            self._write(CONTINUE)
+            self._hand(CONTINUE)
         return True
 
     @final

@@ -202,6 +202,25 @@ async def test_identity_is_injected_and_secrets_are_removed(stack: Stack) -> Non
     assert (claims["email"], claims["share"]) == (EMAIL, stack.share_id)
 
 
+async def test_a_trusted_proxy_says_who_asks(app: web.AppRunner, start: Start, tmp_path: Path) -> None:
+    async def seen(stack: Stack, *told: str) -> str:
+        lines = [f"X-Forwarded-For: {who}" for who in told]
+        received = await stack.raw(stack.head("GET", "/", "Connection: close", *lines))
+        headers = json.loads(received.partition(b"\r\n\r\n")[2])["headers"]
+        (found,) = [value for name, value in headers if name.lower() == "x-forwarded-for"]
+        assert ["Forwarded", f'for={found};proto=http;host="{stack.host}"'] in headers
+        return str(found)
+
+    async with start(tmp_path, url_of(app), edge={"trusted_proxies": ["127.0.0.0/8"]}) as stack:
+        for _ in range(2):
+            assert await seen(stack, "203.0.113.9") == "203.0.113.9"
+            assert await seen(stack, "6.6.6.6, 203.0.113.9, 127.0.0.2") == "203.0.113.9"
+            assert await seen(stack, "6.6.6.6", "203.0.113.7") == "203.0.113.7"
+            assert await seen(stack) == "127.0.0.1"
+        lane = "fast" if stack.edge.lane.fast else "aiohttp"
+        assert stack.answered(lane) == 8
+
+
 @pytest.mark.parametrize("length", ["&length", ""])
 async def test_large_responses_arrive_whole(stack: Stack, length: str) -> None:
     expected = hashlib.sha256(b"".join(bytes([n]) * MB for n in range(20))).hexdigest()

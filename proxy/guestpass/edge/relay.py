@@ -37,7 +37,7 @@ from guestpass.edge.keys import CLIENT, SCHEME
 from guestpass.errors import Forbidden, NoGateway, NotFound, PluginFailed, ShareEnded, Unauthorized
 from guestpass.loop import abort_now, unsent
 from guestpass.model import SessionKind
-from guestpass.mux.stream import StreamReset, TunnelStream
+from guestpass.mux.stream import Head, StreamReset, TunnelStream
 from guestpass.plugin import Denied, RequestContext
 from guestpass.tokens import BEARER_PREFIX, digest
 from guestpass_speedups.session import ErrorCode, StreamRefused
@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("guestpass.edge.relay")
 
-# How long an application may take to begin its answer. Long polling answers within a minute or two; reports that are
-# computed on request take longer.
+# How long an application may take to begin its answer, from the last byte of the request that it took. Long polling
+# answers within a minute or two; reports that are computed on request take longer.
 RESPONSE_TIMEOUT = 300.0
 
 # A request may be offered to so many gateways before the visitor is told.
@@ -440,23 +440,34 @@ class Relay:
     ) -> tuple[h.ResponseHead, bool]:
         """The final response head, and whether that is all. Interim ones (1xx) are passed on. Raises BadResponse,
         StreamReset."""
-        try:
-            async with asyncio.timeout(RESPONSE_TIMEOUT):
-                while True:
-                    received = await stream.head()
-                    head = h.parse_response(received.data)
-                    if head.status == 101 and not (upgrade and not received.interim):
-                        raise h.BadResponse("101 without an upgrade")
-                    if head.interim != received.interim:
-                        raise h.BadResponse("a final status in an interim head, or the other way round")
-                    if not head.interim:
-                        return head, received.fin
-                    # aiohttp has answered Expect: 100-continue already, and HTTP/1.0 knows no interim responses.
-                    if head.status != 100 and request.version >= (1, 1):
-                        await _write(request, h.response_head(head, b"", keep_alive=True, http11=True))
-        except TimeoutError:
-            stream.reset(ErrorCode.TIMEOUT)
-            raise StreamReset(ErrorCode.TIMEOUT) from None
+        start = asyncio.get_running_loop().time()
+        while True:
+            received = await self._next_head(stream, start)
+            head = h.parse_response(received.data)
+            if head.status == 101 and not (upgrade and not received.interim):
+                raise h.BadResponse("101 without an upgrade")
+            if head.interim != received.interim:
+                raise h.BadResponse("a final status in an interim head, or the other way round")
+            if not head.interim:
+                return head, received.fin
+            # aiohttp has answered Expect: 100-continue already, and HTTP/1.0 knows no interim responses.
+            if head.status != 100 and request.version >= (1, 1):
+                await _write(request, h.response_head(head, b"", keep_alive=True, http11=True))
+
+    @staticmethod
+    async def _next_head(stream: TunnelStream, start: float) -> Head:
+        """Raises StreamReset, also when it takes too long. An upload may take longer, if it only moves."""
+        sent = stream.bytes_sent
+        while True:
+            try:
+                async with asyncio.timeout_at(start + RESPONSE_TIMEOUT):
+                    return await stream.head()
+            except TimeoutError:
+                if stream.bytes_sent == sent:
+                    stream.reset(ErrorCode.TIMEOUT)
+                    raise StreamReset(ErrorCode.TIMEOUT) from None
+            sent = stream.bytes_sent
+            start = asyncio.get_running_loop().time()
 
     async def _respond(
         self, request: web.Request, stream: TunnelStream, head: h.ResponseHead, *, fin: bool, keep_alive: bool
