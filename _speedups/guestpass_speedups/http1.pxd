@@ -102,7 +102,7 @@ cdef enum:      # UpgradeTo
 cdef enum:      # FieldFlag
     HOP_BY_HOP = 1          # by name, as HOP_BY_HOP of edge/headers.py
     NOMINATED = 2           # Connection names it
-    RESERVED = 4            # request: only the edge may say it; response: X-Guestpass-*. Folded names
+    RESERVED = 4            # request: an application might believe it; response: X-Guestpass-*. Folded names
     DROPPED = 8             # response: DROPPED_FROM_RESPONSES of edge/headers.py
     PLAIN = 16              # the line is exactly `name: value\r\n`, so it can be copied as it is
 
@@ -250,7 +250,7 @@ cdef int find_cookie(
     const uint8_t *data, const Fields *fields, const char *name, Py_ssize_t size, Span *value
 ) noexcept nogil
 
-# Whether the one and only Authorization is a bearer token that begins with `prefix`.
+# Whether the one and only Authorization is a bearer token that begins with `prefix` (lower case).
 cdef bint find_bearer(
     const uint8_t *data, const Fields *fields, const char *prefix, Py_ssize_t size, Span *token
 ) noexcept nogil

@@ -1,6 +1,7 @@
 """Strict scanner for HTTP/1.1 (RFC 9112). The C interface is http1.pxd; this one is for tests, tools and code that is
 not on the fast path."""
 
+from array import array
 from typing import Literal
 
 class BadHttp(ValueError):
@@ -45,7 +46,7 @@ def parse_request(data: bytes, from_edge: bool = ...) -> Request | None: ...
 def parse_response(data: bytes, to_head: bool = ..., from_gateway: bool = ...) -> Response | None: ...
 
 # (result, searched) of one call of scan_request or scan_response, as C code sees them.
-def resume(data: bytes, searched: int, response: bool = ...) -> tuple[int, int]: ...
+def resume(data: bytes | array[int], searched: int, response: bool = ...) -> tuple[int, int]: ...
 
 # headers.request_head and headers.response_head of the edge, on complete heads. These raise BadHttp.
 def request_for_gateway(data: bytes, inject: bytes, bearer_prefix: bytes) -> bytes: ...
@@ -62,4 +63,4 @@ class ChunkedDecoder:
     trailers: bytes  # as they came, with the empty line
     ended: bool
     def __init__(self, response: bool = ...) -> None: ...
-    def feed(self, data: bytes) -> tuple[bytes, int]: ...  # (body, how much of `data` was its). Raises BadHttp
+    def feed(self, data: bytes | array[int]) -> tuple[bytes, int]: ...  # (body, how much of `data` was its). Raises BadHttp

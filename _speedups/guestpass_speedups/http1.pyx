@@ -36,6 +36,7 @@ their place is told.
 
 from http import HTTPStatus
 
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.string cimport memchr, memcmp, memcpy, memset
 
@@ -108,7 +109,8 @@ cdef enum:
     SP = 0x20
     LONGEST_NAME = 32
     LONGEST_METHOD = 16
-    N_RESERVED = 21
+    N_RESERVED = 17
+    N_RESERVED_PREFIXES = 10
 
 cdef uint8_t[256] CLASS
 cdef uint8_t[256] LOWER
@@ -138,14 +140,19 @@ _DROPPED = (
     F_PUBLIC_KEY_PINS, F_EXPECT_CT, F_CLEAR_SITE_DATA,
 )
 
-# headers.RESERVED, and RESERVED_PREFIX.
+# headers.RESERVED and RESERVED_PREFIXES: the edge's word to an application, or another proxy's that it may believe.
 _RESERVED = (
-    b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"x-forwarded-port", b"x-forwarded-server",
-    b"x-forwarded-scheme", b"x-forwarded-ssl", b"x-forwarded-prefix", b"x-forwarded-by", b"forwarded", b"x-real-ip",
-    b"x-client-ip", b"true-client-ip", b"x-cluster-client-ip", b"front-end-https", b"x-url-scheme", b"x-original-url",
-    b"x-rewrite-url", b"x-http-method-override", b"x-http-method", b"x-method-override",
+    b"forwarded", b"x-real-ip", b"x-client-ip", b"true-client-ip", b"x-cluster-client-ip", b"front-end-https",
+    b"x-url-scheme", b"remote-user", b"x-remote-user", b"x-authenticated-user", b"x-authenticated-email",
+    b"x-auth-user", b"x-original-url", b"x-rewrite-url", b"x-http-method-override", b"x-http-method",
+    b"x-method-override",
 )
-cdef const char *RESERVED_PREFIX = b"x-guestpass-"
+_RESERVED_PREFIXES = (
+    b"x-guestpass-", b"x-forwarded-", b"x-auth-request-", b"x-webauth-", b"x-remote-", b"cf-access-",
+    b"x-goog-authenticated-user-", b"x-goog-iap-", b"x-amzn-oidc-", b"x-ms-client-principal",
+)
+# headers.OUR_RESPONSE_PREFIX
+cdef const char *OUR_RESPONSE_PREFIX = b"x-guestpass-"
 
 # Cookies of these prefixes are ours on every origin (headers.OUR_COOKIE_PREFIXES).
 cdef const char *SESSION_PREFIX = b"__host-guestpass"
@@ -200,6 +207,8 @@ cdef struct Method:
 cdef Known[N_FIELD_IDS] KNOWN               # by length
 cdef uint8_t[LONGEST_NAME + 2] OF_LENGTH    # KNOWN[OF_LENGTH[n]:OF_LENGTH[n + 1]] have n bytes
 cdef Known[N_RESERVED] RESERVED_NAMES
+cdef Known[N_RESERVED_PREFIXES] RESERVED_STARTS
+cdef bint[256] BEGINS_RESERVED             # first letters, in any case: most names that browsers send have others
 cdef Method[40] METHODS
 cdef int N_METHODS
 cdef uint8_t[N_FIELD_IDS] REQUEST_FLAGS
@@ -260,12 +269,20 @@ cdef int fill_tables() except -1:
                 set_known(&KNOWN[at], text, i)
                 at += 1
     OF_LENGTH[LONGEST_NAME + 1] = <uint8_t> at
-    if at != N_FIELD_IDS - 1 or len(_NAMES) != N_FIELD_IDS or len(_RESERVED) != N_RESERVED:
-        raise ImportError("the tables of http1 disagree with http1.pxd")
+    if (
+        at != N_FIELD_IDS - 1 or len(_NAMES) != N_FIELD_IDS
+        or len(_RESERVED) != N_RESERVED or len(_RESERVED_PREFIXES) != N_RESERVED_PREFIXES
+    ):
+        raise ImportError("the tables of http1 disagree with their sizes")
     for i, text in enumerate(_RESERVED):
         set_known(&RESERVED_NAMES[i], text, 0)
-        if text in _NAMES:
-            REQUEST_FLAGS[_NAMES.index(text)] |= RESERVED
+    for i, text in enumerate(_RESERVED_PREFIXES):
+        set_known(&RESERVED_STARTS[i], text, 0)
+    for text in _RESERVED + _RESERVED_PREFIXES:
+        BEGINS_RESERVED[text[0]] = BEGINS_RESERVED[text.upper()[0]] = True
+    for i, text in enumerate(_NAMES):
+        if is_reserved(<const uint8_t *> PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text)):
+            REQUEST_FLAGS[i] |= RESERVED
     for i in _HOP_BY_HOP:
         REQUEST_FLAGS[i] |= HOP_BY_HOP
         RESPONSE_FLAGS[i] |= HOP_BY_HOP
@@ -374,21 +391,20 @@ cdef bint is_reserved_in_response(const uint8_t *name, Py_ssize_t size) noexcept
     if size < 12:
         return False
     for i in range(12):
-        if FOLD[name[i]] != <uint8_t> RESERVED_PREFIX[i]:
+        if FOLD[name[i]] != <uint8_t> OUR_RESPONSE_PREFIX[i]:
             return False
     return True
 
 
 cdef bint is_reserved(const uint8_t *name, Py_ssize_t size) noexcept nogil:
     cdef uint8_t[LONGEST_NAME] folded
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, length = min(size, LONGEST_NAME)
     cdef int k
-    if is_reserved_in_response(name, size):
-        return True
-    if size > LONGEST_NAME:
-        return False
-    for i in range(size):
+    for i in range(length):
         folded[i] = FOLD[name[i]]
+    for k in range(N_RESERVED_PREFIXES):
+        if length >= RESERVED_STARTS[k].size and memcmp(RESERVED_STARTS[k].text, folded, RESERVED_STARTS[k].size) == 0:
+            return True
     for k in range(N_RESERVED):
         if RESERVED_NAMES[k].size == size and memcmp(RESERVED_NAMES[k].text, folded, size) == 0:
             return True
@@ -508,10 +524,8 @@ cdef int scan_fields(
                 fields.present |= bit
                 fields.first[number] = <uint8_t> fields.count
         elif request:
-            # Every reserved name begins with one of these, and most names that browsers send do not.
-            if LOWER[start[0]] == c"x" or LOWER[start[0]] == c"f" or LOWER[start[0]] == c"t":
-                if is_reserved(start, colon - start):
-                    field.flags |= RESERVED
+            if BEGINS_RESERVED[start[0]] and is_reserved(start, colon - start):
+                field.flags |= RESERVED
         elif LOWER[start[0]] == c"x" and is_reserved_in_response(start, colon - start):
             field.flags |= RESERVED
         fields.total += <uint32_t> (colon - start + stop - value + 4)
@@ -1119,44 +1133,39 @@ cdef int find_cookie(
     return found
 
 
+cdef inline const uint8_t *bearer_credentials(const uint8_t *data, Span value) noexcept nogil:
+    """Where the token of an Authorization field begins (headers.split_credentials); NULL for another scheme."""
+    cdef const uint8_t *p = data + value.at
+    cdef const uint8_t *end = p + value.size
+    if not starts_with(p, value.size, b"bearer", 6) or value.size == 6 or not is_blank(p[6]):
+        return NULL
+    p += 7
+    while p < end and is_blank(p[0]):
+        p += 1
+    return p
+
+
 cdef bint find_bearer(
     const uint8_t *data, const Fields *fields, const char *prefix, Py_ssize_t size, Span *token
 ) noexcept nogil:
     cdef Span value
-    cdef const uint8_t *p
+    cdef const uint8_t *start
     cdef const uint8_t *end
     if not has(fields, F_AUTHORIZATION) or is_repeated(fields, F_AUTHORIZATION):
         return False
     value = value_of(fields, F_AUTHORIZATION)
-    p = data + value.at
-    end = p + value.size
-    if not starts_with(p, value.size, b"bearer ", 7):
+    start = bearer_credentials(data, value)
+    end = data + value.at + value.size
+    if start == NULL or end - start < size or memcmp(start, prefix, size) != 0:
         return False
-    p += 7
-    while p < end and p[0] == SP:
-        p += 1
-    if end - p < size or memcmp(p, prefix, size) != 0:
-        return False
-    token[0] = span_of(data, p, end)
+    token[0] = span_of(data, start, end)
     return True
 
 
 cdef bint is_our_bearer(const uint8_t *data, Span value, const char *prefix, Py_ssize_t size) noexcept nogil:
-    """Whether an Authorization field carries a token of ours, in any case of letters."""
-    cdef const uint8_t *p = data + value.at
-    cdef const uint8_t *end = p + value.size
-    cdef Py_ssize_t i
-    if not starts_with(p, value.size, b"bearer ", 7):
-        return False
-    p += 7
-    while p < end and p[0] == SP:
-        p += 1
-    if end - p < size:
-        return False
-    for i in range(size):
-        if LOWER[p[i]] != LOWER[<uint8_t> prefix[i]]:
-            return False
-    return True
+    """Whether an Authorization field carries a token of ours, in any case of letters: it stays at the edge."""
+    cdef const uint8_t *start = bearer_credentials(data, value)
+    return start != NULL and starts_with(start, data + value.at + value.size - start, prefix, size)
 
 
 cdef inline bint is_our_cookie(const uint8_t *pair, Py_ssize_t size) noexcept nogil:
@@ -1188,12 +1197,17 @@ cdef Py_ssize_t write_set_cookie(const uint8_t *data, Span value, uint8_t *out) 
     cdef const uint8_t *stop = rest + value.size
     cdef const uint8_t *start
     cdef const uint8_t *end
+    cdef const uint8_t *name
     cdef const uint8_t *name_end
     cdef uint8_t *p = out
     cdef bint first = True
     while next_part(&rest, stop, c";", &start, &end):
         if first:
-            if is_our_cookie(start, end - start):
+            # "=__Host-…" is a cookie without a name that a browser would send back as one of ours.
+            name = start
+            while name < end and (name[0] == c"=" or is_blank(name[0])):
+                name += 1
+            if is_our_cookie(name, end - name):
                 return -1
             first = False
         else:
@@ -1473,14 +1487,18 @@ def parse_response(bytes data not None, bint to_head=False, bint from_gateway=Fa
     return response
 
 
-def resume(bytes data not None, uint32_t searched, bint response=False):
-    """(result, searched) of one call of scan_request or scan_response, as C code sees them."""
-    cdef const uint8_t *p = <const uint8_t *> PyBytes_AS_STRING(data)
+def resume(data, uint32_t searched, bint response=False):
+    """(result, searched) of one call of scan_request or scan_response, as C code sees them. `data` is a buffer."""
+    cdef Py_buffer view
     cdef int result
-    if response:
-        result = scan_response(p, PyBytes_GET_SIZE(data), &response_scratch, &searched, 0)
-    else:
-        result = scan_request(p, PyBytes_GET_SIZE(data), &request_scratch, &searched, 0)
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        if response:
+            result = scan_response(<const uint8_t *> view.buf, view.len, &response_scratch, &searched, 0)
+        else:
+            result = scan_request(<const uint8_t *> view.buf, view.len, &request_scratch, &searched, 0)
+    finally:
+        PyBuffer_Release(&view)
     return result, searched
 
 
@@ -1587,21 +1605,25 @@ cdef class ChunkedDecoder:
         self.trailers = b""
         self.ended = False
 
-    def feed(self, bytes data not None):
-        """(body bytes, how much of `data` belongs to this body). Raises BadHttp."""
-        cdef const uint8_t *p = <const uint8_t *> PyBytes_AS_STRING(data)
+    def feed(self, data):
+        """(body bytes, how much of the buffer `data` belongs to this body). Raises BadHttp."""
+        cdef Py_buffer view
         cdef Py_ssize_t at = 0
         cdef Span piece
         cdef list pieces = []
         cdef int event
-        while True:
-            event = next_chunk(&self._body, p, PyBytes_GET_SIZE(data), &at, &piece)
-            if event < 0:
-                raise BadHttp(event)
-            if event == CHUNK_DATA:
-                pieces.append(cut(p, piece))
-            elif event == CHUNK_TRAILER:
-                self.trailers += cut(p, piece)
-            else:
-                self.ended = event == CHUNK_END
-                return b"".join(pieces), at
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            while True:
+                event = next_chunk(&self._body, <const uint8_t *> view.buf, view.len, &at, &piece)
+                if event < 0:
+                    raise BadHttp(event)
+                if event == CHUNK_DATA:
+                    pieces.append(cut(<const uint8_t *> view.buf, piece))
+                elif event == CHUNK_TRAILER:
+                    self.trailers += cut(<const uint8_t *> view.buf, piece)
+                else:
+                    self.ended = event == CHUNK_END
+                    return b"".join(pieces), at
+        finally:
+            PyBuffer_Release(&view)

@@ -41,9 +41,9 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.object cimport PyObject
 from cpython.time cimport monotonic, time as wall_clock
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdio cimport snprintf
 from libc.string cimport memcmp, memcpy, memmove, memset
 
+from guestpass_speedups.frames cimport MAX_STREAM_ID
 from guestpass_speedups.http1 cimport (
     BODY_CHUNKED,
     BODY_LENGTH,
@@ -109,7 +109,7 @@ cdef enum:
 
 cdef double HEAD_SECONDS = 30.0         # for a request head, from its first byte; for the first, from the connection
 cdef double IDLE_SECONDS = 75.0         # between requests; nginx's default
-cdef double ANSWER_SECONDS = 300.0      # from the request to the head of its answer (edge/relay.py)
+cdef double ANSWER_SECONDS = 300.0      # from the last of the request to the head of its answer (edge/relay.py)
 cdef double LINGER_SECONDS = 2.0        # answered before the request had ended
 cdef double HALF_CLOSED_SECONDS = 10.0  # the application's last bytes after a visitor's end (edge/relay.py)
 # How exactly the last use of a session is known. Nobody asks for less than a minute.
@@ -140,6 +140,8 @@ cdef enum:      # what a connection waits for
     T_LINGER
     T_HALF_CLOSED
     N_TIMERS
+
+TIMERS = ("NONE", "HEAD", "IDLE", "ANSWER", "LINGER", "HALF_CLOSED")
 
 cdef struct TimerList:
     PyObject *first
@@ -231,10 +233,10 @@ cdef class Lane:
     cdef object loop
     cdef object abort_now
     cdef object _timer
-    cdef object view
-    cdef bytearray storage
+    cdef bytearray storage          # never resized
     cdef uint8_t *buffer
     cdef double now
+    cdef double wall_offset         # seconds since the epoch at monotonic 0; looked at once a second
     cdef uint64_t ways              # rises whenever a tunnel comes, goes, or learns what is well
     cdef list dirty                 # connections with output in their queue
     cdef bint flush_due
@@ -258,11 +260,11 @@ cdef class Lane:
         self.services = {}
         self.loop = asyncio.get_running_loop()
         self.storage = bytearray(READ_BUFFER)
-        self.view = memoryview(self.storage)
         self.buffer = <uint8_t *> <char *> self.storage
         self.dirty = []
         self.ways = 1
         self.now = monotonic()
+        self.wall_offset = wall_clock() - self.now
         self.n_bounds = len(buckets)
         if self.n_bounds > BUCKETS_MAX:
             raise ValueError(f"more than {BUCKETS_MAX} buckets")
@@ -277,6 +279,7 @@ cdef class Lane:
 
     def _ticked(self):
         self._timer = self.loop.call_later(1.0, self._ticked)
+        self.wall_offset = wall_clock() - monotonic()
         self.tick(monotonic())
 
     def tick(self, double now):
@@ -320,8 +323,10 @@ cdef class Lane:
 
     def flush(self):
         """Hands over what the connections have queued. Runs once at the end of a turn."""
-        cdef list batch = self.dirty
+        cdef list batch
         self.flush_due = False
+        self._give_head()
+        batch = self.dirty
         self.dirty = []
         for connection in batch:
             (<Connection> connection)._flush()
@@ -330,6 +335,10 @@ cdef class Lane:
     cdef int _flush_soon(self, Connection connection) except -1:
         connection.dirty = True
         self.dirty.append(connection)
+        return self._schedule()
+
+    @final
+    cdef int _schedule(self) except -1:
         if not self.flush_due:
             self.flush_due = True
             self.loop.call_soon(self.flush)
@@ -374,7 +383,7 @@ cdef class Lane:
             if best is None or load < least:
                 best = session
                 least = load
-        if best is not None and best.retiring:
+        if best is not None and best.last_assigned > MAX_STREAM_ID // 2 and best.retiring:
             return None
         return best
 
@@ -437,7 +446,8 @@ cdef class FastStream(Stream):
     @final
     cdef int _count(self, int status) except -1:
         cdef Lane lane = self.connection.lane
-        lane.now = monotonic()
+        if self.session.now > lane.now:
+            lane.now = self.session.now     # of the read that brought the answer
         self.service.classes[status // 100] += 1
         if status != 101:
             lane._observe(lane.now - self.started)
@@ -505,8 +515,11 @@ cdef class FastStream(Stream):
             memcpy(out + written, b"Transfer-Encoding: chunked\r\n", 28)
             written += 28
         elif self.expected >= 0 and self.status != 204:
-            written += snprintf(
-                <char *> out + written, 64, "Content-Length: %llu\r\n", <unsigned long long> self.expected)
+            memcpy(out + written, b"Content-Length: ", 16)
+            written += 16
+            written += _digits(out + written, <uint64_t> self.expected, 10)
+            memcpy(out + written, b"\r\n", 2)
+            written += 2
         else:
             keep_alive = keep_alive and bodiless    # HTTP/1.0: the end of the connection ends the body
         if keep_alive != http11:                    # other than the version's default
@@ -525,9 +538,7 @@ cdef class FastStream(Stream):
         lane.head_size = written
         if fin:
             return self._end_of_body(NULL, 0)
-        if not connection.dirty:
-            lane._flush_soon(connection)    # in case no body bytes came with the head
-        return 0
+        return lane._schedule()             # in case no body bytes came with the head
 
     cdef int on_data(self, const unsigned char *data, Py_ssize_t size, bint fin) except -1:
         cdef Connection connection = self.connection
@@ -676,6 +687,11 @@ cdef class Connection:
         return PHASES[self.phase]
 
     @property
+    def time_limit(self):
+        """What the connection waits for and until when (monotonic); None: for as long as it takes."""
+        return None if self.timer == T_NONE else (TIMERS[self.timer], self.due)
+
+    @property
     def held_bytes(self):
         """Of the visitor's, not handed on yet."""
         return self.held_size
@@ -697,14 +713,12 @@ cdef class Connection:
         self._wait(T_HEAD)
 
     def connection_lost(self, exc):
-        self._wait(T_NONE)
         self.lane.connections.discard(self)
         self._drop_stream(CANCEL)
-        self.phase = P_GONE
+        self._gone()
         self.kept = None
         self.last = None
         self._drop_held()
-        self.queue = None
         self.lost(exc)
         self._write = None
         self.transport = None
@@ -722,7 +736,7 @@ cdef class Connection:
         return None
 
     def get_buffer(self, sizehint):
-        return self.lane.view
+        return self.lane.storage
 
     def buffer_updated(self, Py_ssize_t size):
         cdef Lane lane = self.lane
@@ -937,6 +951,8 @@ cdef class Connection:
             return 0
         if not self.stream.send_raw(data, size, last) and not last:
             self.blocked = True
+        if self.timer == T_ANSWER:
+            self._wait(T_ANSWER)        # an upload may take longer, if it only moves
         return 0
 
     @final
@@ -991,7 +1007,7 @@ cdef class Connection:
         host = fields.field[fields.first[F_HOST]].value
         if not span_equals(data, host, PyBytes_AS_STRING(entry.host), PyBytes_GET_SIZE(entry.host)):
             return False
-        now = wall_clock()
+        now = lane.now + lane.wall_offset
         if 0 <= entry.expires <= now:
             return False
         if cookie and not self._same_origin(data, entry):
@@ -1038,7 +1054,7 @@ cdef class Connection:
         self._wait(T_ANSWER)
         stream.grant_.streams.add(stream)
         if REQUEST.expect_continue and self.framing != BODY_NONE and n == size:
-            self._write(CONTINUE)
+            self._hand(CONTINUE)
         return True
 
     @final
@@ -1138,14 +1154,16 @@ cdef class Connection:
     cdef int _give(self, const uint8_t *data, Py_ssize_t size, bint chunked, bint last) except -1:
         """Body bytes to the visitor, behind the head that waits, framed."""
         cdef Lane lane = self.lane
-        cdef char[32] line
+        cdef uint8_t[32] line
         cdef Py_ssize_t head = lane.head_size if lane.head_for is self else 0
         cdef Py_ssize_t line_size = 0
         cdef Py_ssize_t total
         cdef bytes out
         cdef char *to
         if chunked and size:
-            line_size = snprintf(line, 32, "%zx\r\n", <size_t> size)
+            line_size = _digits(line, <uint64_t> size, 16)
+            memcpy(line + line_size, b"\r\n", 2)
+            line_size += 2
         total = head + line_size + size + (2 if line_size else 0) + (5 if chunked and last else 0)
         if total:
             out = PyBytes_FromStringAndSize(NULL, total)
@@ -1165,6 +1183,8 @@ cdef class Connection:
             if chunked and last:
                 memcpy(to, b"0\r\n\r\n", 5)
             self.unconsumed += <uint64_t> size
+            if last and self.queue is None:
+                return self._hand(out)
             self._enqueue(out)
         if last or self.queued > QUEUE_MAX:
             return self._flush()
@@ -1196,14 +1216,20 @@ cdef class Connection:
         self.queued = 0
         if self.phase == P_GONE:
             return 0
-        if self.transport.is_closing():
+        return self._hand(queue[0] if len(queue) == 1 else queue)
+
+    @final
+    cdef int _hand(self, out) except -1:
+        """To the transport: bytes, or a list of them."""
+        try:
+            if type(out) is bytes:
+                self._write(out)
+            else:
+                self.transport.writelines(out)
+        except RuntimeError:            # uvloop's, when the socket has failed and nobody was told yet
             self._drop_stream(CANCEL)
-            self.phase = P_GONE
+            self._gone()
             return 0
-        if len(queue) == 1:
-            self._write(queue[0])
-        else:
-            self.transport.writelines(queue)
         return self._credit()
 
     @final
@@ -1440,6 +1466,23 @@ cdef class Connection:
             timers.first = <PyObject *> self
         timers.last = <PyObject *> self
         return 0
+
+
+cdef Py_ssize_t _digits(uint8_t *out, uint64_t number, uint64_t base) noexcept:
+    """`number` in lower-case digits; how many. `out` has room for 20."""
+    cdef uint8_t[20] reverse
+    cdef Py_ssize_t size = 0
+    cdef Py_ssize_t index
+    while True:
+        reverse[size] = <uint8_t> (number % base)
+        reverse[size] += c"0" if reverse[size] < 10 else c"a" - 10
+        size += 1
+        number = number // base
+        if number == 0:
+            break
+    for index in range(size):
+        out[index] = reverse[size - 1 - index]
+    return size
 
 
 cdef inline Py_ssize_t _put(Py_ssize_t at, const char *data, Py_ssize_t size) noexcept:

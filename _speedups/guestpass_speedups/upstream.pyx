@@ -459,6 +459,9 @@ cdef class UpstreamStream(Stream):
             self.pool.forget(self)
         self.phase = P_OVER
         self.held = None
+        if connection is not None and connection.lost:
+            connection._detach()            # its end was the service's; the visitor's was still to come
+            connection = None
         if connection is None:
             return self.work_ended()
         return connection.abort_()          # `connection_lost` acknowledges
@@ -476,6 +479,8 @@ cdef class UpstreamStream(Stream):
             self.pool.forget(self)
         if connection is not None and (self.doomed or self.phase != P_SWITCHED):
             connection.abort_()     # given up; else its last bytes may still be on their way to the service
+        if connection is not None and connection.lost:
+            connection._detach()
         return 0
 
 

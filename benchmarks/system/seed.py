@@ -28,7 +28,7 @@ async def main(config: Path, share_id: str, number: int) -> None:
             emit=lambda event: None,
             public_url=settings.edge.public_url,
             share_origin=lambda share: f"https://{share}.example",
-            default_owner="",
+            default_owner="me",
         )
         share = await service.get(share_id)
         email = share.recipients[0].email

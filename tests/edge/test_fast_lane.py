@@ -567,6 +567,27 @@ async def test_an_application_that_never_answers(tmp_path: Path) -> None:
         writer.close()
 
 
+async def test_an_upload_may_take_its_time(app: Application, stack: Stack) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", stack.port)
+    writer.write(stack.head("POST", "/swallow", "Content-Length: 10"))
+    await stack.until(lambda: app.open == 1, "the application has the request")
+    connection = only(stack)
+    limits = []
+    (stream,) = next(iter(stack.edge.grants._by_session.values())).streams
+    for sent in range(1, 10):
+        writer.write(b"x")
+        await stack.until(lambda sent=sent: stream.bytes_sent == sent, "it was passed on")
+        assert connection.time_limit is not None
+        what, until = connection.time_limit
+        assert what == "ANSWER"
+        limits.append(until)
+    assert sorted(set(limits)) == limits, "every byte moves the limit"
+    assert limits[-1] > time.monotonic() + 290
+    writer.write(b"x")
+    assert await answers(reader, 1) == [(200, b"10")]
+    writer.close()
+
+
 @pytest.mark.parametrize("broken", [b"x\r\n", b"5\r\nhelloX", b"-1\r\n", b"1 \r\n"])
 @pytest.mark.parametrize("lane", ["fast", "aiohttp"])
 async def test_a_malformed_body_is_refused(

@@ -215,14 +215,33 @@ async def test_identity_is_injected_and_secrets_are_removed(stack: Stack) -> Non
     "forwarded", [{}, {"X-Forwarded-For": "127.0.0.1"}, {"X-Forwarded-For": "192.0.2.1"}]
 )
 async def test_behind_a_proxy_that_ends_tls_the_scheme_is_the_public_one(
-    app: web.AppRunner, tmp_path: Path, forwarded: dict[str, str]
+    app: web.AppRunner, start: Start, tmp_path: Path, forwarded: dict[str, str]
 ) -> None:
     """Also when the visitor's address is the proxy's own, or the proxy does not tell it."""
-    async with running(tmp_path, url_of(app), edge={"trusted_proxies": ["127.0.0.0/8"]}) as stack:
+    async with start(tmp_path, url_of(app), edge={"trusted_proxies": ["127.0.0.0/8"]}) as stack:
         stack.edge.origins.scheme = "https"
         seen = dict(json.loads((await stack.get("/", headers=forwarded)).body)["headers"])
         assert seen["X-Forwarded-Proto"] == "https"
         assert seen["X-Forwarded-For"] == forwarded.get("X-Forwarded-For", "127.0.0.1")
+
+
+async def test_a_trusted_proxy_says_who_asks(app: web.AppRunner, start: Start, tmp_path: Path) -> None:
+    async def seen(stack: Stack, *told: str) -> str:
+        lines = [f"X-Forwarded-For: {who}" for who in told]
+        received = await stack.raw(stack.head("GET", "/", "Connection: close", *lines))
+        headers = json.loads(received.partition(b"\r\n\r\n")[2])["headers"]
+        (found,) = [value for name, value in headers if name.lower() == "x-forwarded-for"]
+        assert ["Forwarded", f'for={found};proto=http;host="{stack.host}"'] in headers
+        return str(found)
+
+    async with start(tmp_path, url_of(app), edge={"trusted_proxies": ["127.0.0.0/8"]}) as stack:
+        for _ in range(2):
+            assert await seen(stack, "203.0.113.9") == "203.0.113.9"
+            assert await seen(stack, "6.6.6.6, 203.0.113.9, 127.0.0.2") == "203.0.113.9"
+            assert await seen(stack, "6.6.6.6", "203.0.113.7") == "203.0.113.7"
+            assert await seen(stack) == "127.0.0.1"
+        lane = "fast" if stack.edge.lane.fast else "aiohttp"
+        assert stack.answered(lane) == 8
 
 
 @pytest.mark.parametrize("length", ["&length", ""])

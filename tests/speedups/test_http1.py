@@ -3,6 +3,7 @@ same results as the edge's headers.py."""
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 
 import pytest
@@ -383,6 +384,11 @@ def test_a_gateway_frames_nothing() -> None:
 # ── heads in pieces ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def exactly(data: bytes) -> array[int]:
+    """In memory that ends with the last byte (bytes objects have one more), so that a read beyond is seen by ASan."""
+    return array("B", data)
+
+
 def head_size(path: Path) -> int:
     data = path.read_bytes()
     head = http1.parse_request(data) if path.name.startswith("request") else http1.parse_response(data)
@@ -394,9 +400,9 @@ def head_size(path: Path) -> int:
 def test_every_split_of_a_head(path: Path) -> None:
     data, size, is_response = path.read_bytes(), head_size(path), path.name.startswith("response")
     for split in range(size):
-        result, searched = http1.resume(data[:split], 0, is_response)
+        result, searched = http1.resume(exactly(data[:split]), 0, is_response)
         assert result == 0
-        assert http1.resume(data, searched, is_response) == (size, 0)
+        assert http1.resume(exactly(data), searched, is_response) == (size, 0)
 
 
 @pytest.mark.parametrize("path", CORPUS, ids=lambda p: p.stem)
@@ -404,7 +410,7 @@ def test_a_head_byte_by_byte(path: Path) -> None:
     data, size, is_response = path.read_bytes(), head_size(path), path.name.startswith("response")
     searched = 0
     for end in range(size):
-        result, searched = http1.resume(data[:end], searched, is_response)
+        result, searched = http1.resume(exactly(data[:end]), searched, is_response)
         assert result == 0
         assert end - 2 <= searched <= end or end <= 2, "bytes are looked at again"
     assert http1.resume(data[:size], searched, is_response) == (size, 0)
@@ -422,9 +428,9 @@ def test_what_is_refused_does_not_depend_on_the_split(data: bytes, is_response: 
     whole, _ = http1.resume(data, 0, is_response)
     assert whole < 0
     for split in range(0, len(data), max(1, len(data) // 97)):
-        result, searched = http1.resume(data[:split], 0, is_response)
+        result, searched = http1.resume(exactly(data[:split]), 0, is_response)
         if result == 0:
-            result, searched = http1.resume(data, searched, is_response)
+            result, searched = http1.resume(exactly(data), searched, is_response)
         assert result == whole
         assert searched == 0
 
@@ -477,7 +483,9 @@ def test_hop_by_hop_names(name: bytes) -> None:
     assert flags_of(name.title(), is_response=True) & HOP_BY_HOP
 
 
-@pytest.mark.parametrize("name", sorted(h.RESERVED) + [b"x-guestpass-anything", b"x-guestpass-"])
+@pytest.mark.parametrize(
+    "name", [*sorted(h.RESERVED), *h.RESERVED_PREFIXES, *(p + b"x" for p in h.RESERVED_PREFIXES)]
+)
 def test_reserved_names(name: bytes) -> None:
     for alias in (
         name,
@@ -489,7 +497,7 @@ def test_reserved_names(name: bytes) -> None:
         assert flags_of(alias) == RESERVED
         assert http1.reserved(alias)
         assert not flags_of(alias, is_response=True) or name.startswith(b"x-guestpass")
-    assert not http1.reserved(name[:-1]) or name[:-1].startswith(b"x-guestpass-")
+    assert http1.reserved(name[:-1]) == h.is_reserved(name[:-1])
     assert flags_of(b"y" + name[1:]) == 0
 
 
@@ -598,17 +606,17 @@ BODIES = [
 def test_every_split_of_a_chunked_body(data: bytes, body: bytes, trailers: bytes) -> None:
     for split in range(len(data) + 1):
         decoder = ChunkedDecoder()
-        first, used = decoder.feed(data[:split])
+        first, used = decoder.feed(exactly(data[:split]))
         assert used == split
         assert decoder.ended == (split == len(data))
-        second, used = decoder.feed(data[split:] + b"next")
+        second, used = decoder.feed(exactly(data[split:] + b"next"))
         assert (first + second, used) == (body, len(data) - split)
         assert decoder.trailers == trailers
         assert decoder.ended
         assert decoder.feed(b"next") == (b"", 0)
     decoder, pieces = ChunkedDecoder(), []
     for i in range(len(data)):
-        pieces.append(decoder.feed(data[i : i + 1])[0])
+        pieces.append(decoder.feed(exactly(data[i : i + 1]))[0])
         assert decoder.ended == (i == len(data) - 1)
     assert b"".join(pieces) == body
 
@@ -848,9 +856,9 @@ def test_standard_reasons(status: int) -> None:
 
 @given(st.lists(st.sampled_from(WORDS + SEPARATORS), max_size=12).map(b"".join), st.binary(max_size=30))
 def test_reserved_as_headers(words: bytes, name: bytes) -> None:
-    for candidate in (words, name, b"x-guestpass-" + name, b"x_forwarded" + name):
+    for candidate in (words, name, *(prefix[:-1] + name for prefix in h.RESERVED_PREFIXES)):
         assert http1.reserved(candidate) == h.is_reserved(candidate)
-        assert http1.reserved(candidate, True) == h.fold(candidate).startswith(h.RESERVED_PREFIX)
+        assert http1.reserved(candidate, True) == h.fold(candidate).startswith(h.OUR_RESPONSE_PREFIX)
 
 
 def test_the_largest_growth_fits() -> None:

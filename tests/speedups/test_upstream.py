@@ -544,6 +544,20 @@ def test_the_service_ends_an_upgraded_connection_first(half_close: bool) -> None
     web.check_silence()
 
 
+def test_reset_after_the_service_has_ended_an_upgraded_connection_over_tls() -> None:
+    web = Exchange(half_close=False)
+    stream, _, transport = web.serve(UPGRADE, fin=False)
+    web.say(transport, SWITCH)
+    transport.hang_up()
+    web.settle()
+    assert transport.lost
+    assert stream.state == "HALF_REMOTE"
+    stream.reset(ErrorCode.CANCEL)
+    web.settle()
+    assert stream.state == "CLOSED"
+    web.check_silence()
+
+
 def test_the_visitor_ends_an_upgraded_connection_over_tls() -> None:
     """TLS has no half-close: the service may go on for a while, then the connection is cut."""
     web = Exchange(Limits(half_closed=3.0), half_close=False)

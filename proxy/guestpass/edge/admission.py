@@ -199,10 +199,8 @@ class Admission(Desk):
     async def _restore(self, kind: SessionKind, digest: bytes, share_id: str, request: web.Request) -> Grant:
         for _ in range(RESTORE_ATTEMPTS):
             generation = self._grants.generation
-            share = await self._active(share_id)
-            email = await self._bearer(request, share) if kind is SessionKind.TOKEN else None
-            session = await self._live_session(kind, digest, share_id)
-            if session is None or (kind is SessionKind.TOKEN and session.email != email):
+            session, share = await self._session_of(kind, digest, share_id)
+            if kind is SessionKind.TOKEN and session.email != await self._bearer(request, share):
                 raise Unauthorized("There is no such session.")
             await self._check(share, session)
             gateway = await self.choose_gateway(share, session)
@@ -216,6 +214,23 @@ class Admission(Desk):
                 self._service.touch(session.id, self._now())
                 return grant
         raise NoGateway("sessions are being revoked faster than new ones can start", hint="Try again.")
+
+    async def _session_of(self, kind: SessionKind, digest: bytes, share_id: str) -> tuple[Session, Share]:
+        """The live session with this secret, and its share: one question to the store where all is well.
+
+        Raises Unauthorized, and what `_active` raises where the share that was asked for is not there to be had.
+        """
+        try:
+            found = await self._service.find_session(kind, digest)
+        except ShareEnded:
+            await self._active(
+                share_id
+            )  # the secret may be another share's, which says nothing about this one
+            raise
+        if found is None or found[1].id != share_id:
+            await self._active(share_id)
+            raise Unauthorized("There is no such session.")
+        return found[0], found[1]
 
     async def _bearer(self, request: web.Request, share: Share) -> str:
         context = RequestContext(

@@ -285,7 +285,7 @@ class Front(Connection, asyncio.BufferedProtocol):
         body = cast(bytes, page.body)
         lines = [f"HTTP/1.1 {status} {page.reason}"]
         lines += [f"{name}: {value}" for name, value in page.headers.items() if name != "Content-Length"]
-        lines += [f"Date: {formatdate(usegmt=True)}", f"Content-Length: {len(body)}"]
+        lines += ["Server: Guestpass", f"Date: {formatdate(usegmt=True)}", f"Content-Length: {len(body)}"]
         if not keep_alive:
             lines.append("Connection: close")
         elif not self.http11:

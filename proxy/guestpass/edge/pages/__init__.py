@@ -53,6 +53,8 @@ ERRORS: Mapping[int, tuple[str, str, str]] = {
         "If you still need it, ask the person who shared it with you.",
     ),
     413: ("This is too large", "More was sent than is taken here.", "Send less."),
+    414: ("The address is too long", "More was asked for than is taken here.", "Ask for less."),
+    417: ("This is not expected", "The request expects something that is not done here.", "Try it without."),
     421: ("No such address here", "This name does not belong to anything that is shared.", "Check the link."),
     429: (
         "Too many requests",
@@ -69,6 +71,7 @@ ERRORS: Mapping[int, tuple[str, str, str]] = {
         "It is not your fault.",
         "Try again. If it happens again, tell the person who shared this with you.",
     ),
+    501: ("This cannot be done here", "The method of the request is not known here.", "Use another one."),
     502: (
         "The application does not answer",
         "The way to it works, but the application itself gave no proper answer.",
@@ -84,6 +87,7 @@ ERRORS: Mapping[int, tuple[str, str, str]] = {
         "It was asked and did not answer in time.",
         "Try again. If it stays so, tell the person who shared this with you.",
     ),
+    505: ("This is not spoken here", "This server speaks HTTP/1.1.", "Use that."),
 }
 RETRIES = "This page tries again by itself."
 OTHER_ERROR = ("This did not work", "The request was refused.", "Go back and try again.")

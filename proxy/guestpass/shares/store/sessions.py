@@ -11,13 +11,18 @@ from guestpass.model import Session, SessionKind
 from guestpass.shares.store.rows import from_session, to_session
 from guestpass.shares.store.schema import sessions, shares
 
+# Asked at each first visit: SQLAlchemy takes longer to make a statement than SQLite to answer it.
+_BY_SECRET = sa.select(sessions).where(
+    sessions.c.kind == sa.bindparam("kind"), sessions.c.digest == sa.bindparam("digest")
+)
+
 
 def insert(db: Connection, session: Session, digest: bytes) -> None:
     db.execute(sa.insert(sessions), {**from_session(session), "digest": digest})
 
 
 def by_secret(db: Connection, kind: SessionKind, digest: bytes) -> Session | None:
-    row = db.execute(sa.select(sessions).where(sessions.c.kind == kind, sessions.c.digest == digest)).first()
+    row = db.execute(_BY_SECRET, {"kind": kind, "digest": digest}).first()
     return None if row is None else to_session(row)
 
 

@@ -15,6 +15,14 @@ from guestpass.shares.store.schema import links, recipients, shares
 # Parameters of one IN (…): SQLite takes 32,766; pages are smaller by far.
 CHUNK = 500
 
+# Asked at each first visit: SQLAlchemy takes longer to make a statement than SQLite to answer it.
+_BY_ID = sa.select(shares).where(shares.c.id == sa.bindparam("share"))
+_RECIPIENTS = (
+    sa.select(recipients)
+    .where(recipients.c.share_id == sa.bindparam("share"))
+    .order_by(recipients.c.position)
+)
+
 
 def insert(db: Connection, share: Share) -> None:
     """`share` with its recipients."""
@@ -33,8 +41,8 @@ def insert_recipient(db: Connection, recipient: Recipient) -> None:
 
 
 def get(db: Connection, share_id: str) -> Share | None:
-    found = _with_recipients(db, db.execute(sa.select(shares).where(shares.c.id == share_id)).all())
-    return found[0] if found else None
+    row = db.execute(_BY_ID, {"share": share_id}).first()
+    return None if row is None else to_share(row, db.execute(_RECIPIENTS, {"share": share_id}).all())
 
 
 def page(
