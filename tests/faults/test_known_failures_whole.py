@@ -21,7 +21,7 @@ from guestpass_speedups.session import MAX_WINDOW, ErrorCode
 
 pytestmark = pytest.mark.timeout(300 if LONG else 120)
 
-BLOCKS, BLOCK_SECONDS = (31, 1.0) if LONG else (3, 0.3)
+BLOCKS, BLOCK_SECONDS = (21, 1.0) if LONG else (3, 0.3)
 OTHERS = 99
 PAGE = b"HTTP/1.1 200 OK\r\ncontent-length: 200\r\n\r\n"
 
