@@ -78,14 +78,14 @@ format: $(VENV)/extra-check
 # Each writes benchmarks/results/NAME.json. Loopback, one machine: nothing else should run there.
 BENCHMARKS := micro/run system/throughput system/sockets system/grants system/start
 
-bench: $(VENV)/extra-bench
+bench: $(VENV)/extra-test $(VENV)/extra-bench
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(BENCHFLAGS); done
 	$(BIN)/python benchmarks/report.py
 
-bench-quick: $(VENV)/extra-bench
+bench-quick: $(VENV)/extra-test $(VENV)/extra-bench
 	@$(BIN)/python benchmarks/quick.py $(BENCHFLAGS)
 
-bench-smoke: $(VENV)/extra-bench
+bench-smoke: $(VENV)/extra-test $(VENV)/extra-bench
 	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --smoke --results "$$folder"; done; \
 	$(BIN)/python benchmarks/report.py --results "$$folder" --report "$$folder/report.md"
