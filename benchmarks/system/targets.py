@@ -153,8 +153,8 @@ def _upstream(name: str, port: int) -> str:
 
 
 # The whole of a 1 MB response may be in memory, so that the application is never held up by buffers. Of what was tried
-# with 1 MB bodies (the defaults, 8 × 32k, 64 × 16k, 16 × 64k, 8 × 256k, 4 × 1m, no buffering) this was the fastest, with
-# TLS and without.
+# with 1 MB bodies (the defaults, 8 × 32k, 64 × 16k, 16 × 64k, 8 × 256k, 4 × 1m, no buffering) this was the fastest,
+# with TLS and without.
 PROXY = """
     proxy_http_version 1.1;
     proxy_set_header Connection "";
