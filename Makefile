@@ -16,7 +16,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-apps check format screenshots bench bench-quick bench-smoke bench-tunnel report faults \
-	fuzz-asan build clean
+	fuzz fuzz-http-asan fuzz-asan build clean
 
 help:
 	@echo "make demo         share the bundled sample dashboard and print the link"
@@ -30,6 +30,8 @@ help:
 	@echo "make bench-quick  the main ratios to nginx, HAProxy and others, in about a minute"
 	@echo "make bench        all benchmarks, twenty minutes: benchmarks/report.md"
 	@echo "make bench-smoke  whether the benchmarks run; measures nothing"
+	@echo "make fuzz         scanner against llhttp, ten million cases, four minutes (FUZZ_CASES, FUZZ_SEED)"
+	@echo "make fuzz-http-asan  the scanner's tests and a million cases under AddressSanitizer"
 	@echo "make screenshots  renew the pictures in docs/screenshots (needs chromium)"
 	@echo "make build        sdist and wheel in dist/"
 
@@ -84,14 +86,14 @@ faults: $(VENV)/extra-test
 # Each writes benchmarks/results/NAME.json. Loopback, one machine: nothing else should run there.
 BENCHMARKS := micro/run system/throughput system/sockets system/grants system/start
 
-bench: $(VENV)/extra-bench
+bench: $(VENV)/extra-test $(VENV)/extra-bench
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(BENCHFLAGS); done
 	$(BIN)/python benchmarks/report.py
 
-bench-quick: $(VENV)/extra-bench
+bench-quick: $(VENV)/extra-test $(VENV)/extra-bench
 	@$(BIN)/python benchmarks/quick.py $(BENCHFLAGS)
 
-bench-smoke: $(VENV)/extra-bench
+bench-smoke: $(VENV)/extra-test $(VENV)/extra-bench
 	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --smoke --results "$$folder"; done; \
 	$(BIN)/python benchmarks/report.py --results "$$folder" --report "$$folder/report.md"
@@ -109,6 +111,25 @@ fuzz-asan: $(VENV)/extra-test
 # openssl, iproute2. The benchmark's own extension is compiled by the Cython of `check`.
 bench-tunnel: $(VENV)/extra-test $(VENV)/extra-check
 	$(BIN)/python benchmarks/tunnel/run.py
+
+# A disagreement is printed as a shrunk case. The same seed gives the same cases.
+FUZZ_SEED ?= $(shell date +%s)
+FUZZ_TESTS := tests/speedups/test_http1.py tests/speedups/test_http1_differential.py
+fuzz: FUZZ_CASES ?= 10000000
+fuzz: $(VENV)/extra-test
+	GUESTPASS_FUZZ_CASES=$(FUZZ_CASES) GUESTPASS_FUZZ_SEED=$(FUZZ_SEED) $(BIN)/pytest -q tests/speedups/test_http1_differential.py
+
+# With gcc and its libasan and libubsan (Debian: gcc).
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+fuzz-http-asan: FUZZ_CASES ?= 1000000
+fuzz-http-asan: $(VENV)/extra-test
+	$(PIP) install 'Cython>=3.1' 'setuptools>=77'
+	CC=gcc CFLAGS="-g -fno-omit-frame-pointer $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
+	$(BIN)/python setup.py -q build_ext --build-lib build/http-asan --build-temp build/http-asan/temp
+	cp _speedups/guestpass_speedups/__init__.py build/http-asan/guestpass_speedups
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" PYTHONMALLOC=malloc \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/http-asan \
+	GUESTPASS_FUZZ_CASES=$(FUZZ_CASES) GUESTPASS_FUZZ_SEED=$(FUZZ_SEED) $(BIN)/pytest -q $(FUZZ_TESTS)
 
 build: $(VENV)/extra-dev
 	$(BIN)/python -m build

@@ -112,6 +112,9 @@ cdef double IDLE_SECONDS = 75.0         # between requests; nginx's default
 cdef double ANSWER_SECONDS = 300.0      # from the last of the request to the head of its answer (edge/relay.py)
 cdef double LINGER_SECONDS = 2.0        # answered before the request had ended
 cdef double HALF_CLOSED_SECONDS = 10.0  # the application's last bytes after a visitor's end (edge/relay.py)
+# A connection that is to be closed is looked at so soon, then less often, until the visitor has everything.
+cdef double SENT_FIRST = 0.001
+cdef double SENT_MOST = 0.05
 # How exactly the last use of a session is known. Nobody asks for less than a minute.
 cdef double USED_SECONDS = 1.0
 
@@ -232,6 +235,7 @@ cdef class Lane:
     cdef readonly dict services
     cdef object loop
     cdef object abort_now
+    cdef object unsent              # how many bytes have not reached the peer's kernel
     cdef object _timer
     cdef bytearray storage          # never resized
     cdef uint8_t *buffer
@@ -248,7 +252,7 @@ cdef class Lane:
     cdef int n_bounds
     cdef double seconds
 
-    def __init__(self, *, dict cookies, dict tokens, bytes bearer, dict statuses, buckets, abort_now, bint fast):
+    def __init__(self, *, dict cookies, dict tokens, bytes bearer, dict statuses, buckets, abort_now, unsent, bint fast):
         cdef int index
         self.fast = fast
         self.cookies = cookies
@@ -256,6 +260,7 @@ cdef class Lane:
         self.bearer = bearer
         self.statuses = statuses
         self.abort_now = abort_now
+        self.unsent = unsent
         self.connections = set()
         self.services = {}
         self.loop = asyncio.get_running_loop()
@@ -617,10 +622,31 @@ cdef class FastStream(Stream):
             self._count(self.status)
         if connection.paused and connection.unconsumed:
             connection.kept = self          # its promise holds until the transport has drained
+        connection._watch_for(self.grant_)
         self._detach()
         if not self.ended:
             self.abandon(CANCEL)            # nobody wants the rest of the request
         return connection._answered(keep_alive)
+
+
+cdef class Watch:
+    """A connection whose last answers may still be on their way to the visitor: `grants.Tail`.
+
+    It stays in the grant's `tails` for as long as the connection serves that grant, so a request costs nothing more;
+    whether the kernel still has bytes is looked at when something is revoked.
+    """
+    cdef Connection connection
+    cdef public object grant
+
+    def cut(self):
+        """Nothing more reaches the visitor; False: they had everything."""
+        cdef Connection connection = self.connection
+        connection.watch = None
+        if connection.transport is None or not connection._has_unsent():
+            return False
+        connection._drop_stream(REVOKED)
+        connection._revoked()
+        return True
 
 
 cdef class Connection:
@@ -665,6 +691,7 @@ cdef class Connection:
     cdef uint64_t unconsumed
 
     # who
+    cdef Watch watch
     cdef Entry last
     cdef bint named                 # the three below are known
     cdef bint trusted               # the peer may speak for others (`trusted_proxies`)
@@ -718,6 +745,7 @@ cdef class Connection:
         self._gone()
         self.kept = None
         self.last = None
+        self._unwatch()
         self._drop_held()
         self.lost(exc)
         self._write = None
@@ -1244,6 +1272,33 @@ cdef class Connection:
         return 0
 
     @final
+    cdef int _watch_for(self, grant) except -1:
+        """What the visitor has not got yet is of this grant."""
+        cdef Watch watch = self.watch
+        if watch is not None:
+            if watch.grant is grant and self in grant.tails:
+                return 0
+            self._unwatch()
+        watch = Watch.__new__(Watch)
+        watch.connection = self
+        watch.grant = grant
+        self.watch = watch
+        grant.tails[self] = watch
+        return 0
+
+    @final
+    cdef bint _has_unsent(self) except -1:
+        """Whether something that was written here has not reached the visitor's kernel."""
+        return self.queue is not None or self.lane.head_for is self or self.lane.unsent(self.transport) != 0
+
+    @final
+    cdef int _unwatch(self) except -1:
+        if self.watch is not None:
+            self.watch.grant.tails.pop(self, None)
+            self.watch = None
+        return 0
+
+    @final
     cdef int _answered(self, bint keep_alive) except -1:
         """The fast lane's answer is complete."""
         self.blocked = False
@@ -1269,13 +1324,26 @@ cdef class Connection:
         self.phase = P_LINGER
         self.blocked = False
         self.held_size = 0
-        if whole or self.secure or not self.transport.can_write_eof():
+        if self.secure or not self.transport.can_write_eof():
+            self._wait(T_NONE)
+            self._close_when_sent(SENT_FIRST)
+            return 0
+        if whole and not (self.watch is not None and self.lane.unsent(self.transport)):
             self._wait(T_NONE)
             self.transport.close()
             return 0
         self._wait(T_LINGER)
         self.transport.write_eof()
         return self._sync_reading()
+
+    def _close_when_sent(self, double pause):
+        """A closed socket cannot be reset any more, so what a revocation may have to cut is seen off first."""
+        if self.transport is None or self.phase == P_GONE:
+            return
+        if self.watch is not None and self.lane.unsent(self.transport):
+            self.lane.loop.call_later(pause, self._close_when_sent, min(2 * pause, SENT_MOST))
+        else:
+            self.transport.close()
 
     @final
     cdef int _cut(self, uint32_t code) except -1:
@@ -1357,11 +1425,13 @@ cdef class Connection:
             stream.abandon(TIMEOUT)
             return self._failed(raw, TIMEOUT, False, stream.grant_)
         if kind == T_IDLE:
+            if self._has_unsent():
+                return self._wait(T_IDLE)       # a slow reader: what is closed cannot be cut any more
             self._gone()
             self.transport.close()
             return 0
         if kind == T_LINGER:
-            if self.transport.get_write_buffer_size():
+            if self._has_unsent():
                 return self._wait(T_LINGER)     # a slow reader
             self.transport.close()
             return 0

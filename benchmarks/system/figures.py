@@ -60,12 +60,14 @@ def options(about: str | None, argv: Sequence[str] | None = None) -> Options:
     parser.add_argument(
         "--smoke", action="store_true", help="one short round of everything; measures nothing"
     )
+    parser.add_argument("--busy", action="store_true", help="do not wait for a quiet machine")
     parser.add_argument("--lock", type=Path, help="a file, held exclusively while it measures")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where NAME.json goes")
     args = parser.parse_args(argv)
     raise_file_limit()
-    if args.smoke:
+    if args.smoke or args.busy:
         patience.left = 0
+    if args.smoke:
         return Options(1, 1, True, args.lock, args.results)
     return Options(args.rounds, args.seconds, False, args.lock, args.results)
 

@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def profile(target: Target, load: Load, role: str) -> None:
-    """perf of one of ours under this load, by symbol, into perf-ROLE.txt."""
+    """perf of one of ours under this load, by library and by symbol, into perf-ROLE.txt."""
     data, text = Path(f"perf-{role}.data"), Path(f"perf-{role}.txt")
     record = subprocess.Popen(
         [
@@ -82,8 +82,10 @@ def profile(target: Target, load: Load, role: str) -> None:
     wrk(target, load, PERF_SECONDS)
     record.wait()
     with text.open("wb") as output:
-        command = ["perf", "report", "--stdio", "--no-children", "-g", "none", "-i", data]
-        subprocess.run(command, stdout=output, stderr=subprocess.DEVNULL, check=False)
+        for sort in ("dso", "dso,symbol"):
+            command = ["perf", "report", "--stdio", "--no-children", "-g", "none", "--sort", sort, "-i", data]
+            subprocess.run(command, stdout=output, stderr=subprocess.DEVNULL, check=False)
+            output.seek(0, 2)
     data.unlink()
     print(f"profile of the {role}: {text}")
 

@@ -152,7 +152,9 @@ def _upstream(name: str, port: int) -> str:
         }}"""
 
 
-# The whole of a 1 MB response may be in memory, so that the application is never held up by buffers.
+# The whole of a 1 MB response may be in memory, so that the application is never held up by buffers. Of what was tried
+# with 1 MB bodies (the defaults, 8 × 32k, 64 × 16k, 16 × 64k, 8 × 256k, 4 × 1m, no buffering) this was the fastest,
+# with TLS and without.
 PROXY = """
     proxy_http_version 1.1;
     proxy_set_header Connection "";
@@ -160,8 +162,8 @@ PROXY = """
     proxy_set_header X-Forwarded-For $remote_addr;
     proxy_set_header X-Forwarded-Proto $scheme;
     proxy_buffer_size 16k;
-    proxy_buffers 16 64k;
-    proxy_busy_buffers_size 128k;
+    proxy_buffers 4 1m;
+    proxy_busy_buffers_size 2m;
     proxy_max_temp_file_size 0;
 """
 

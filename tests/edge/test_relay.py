@@ -27,6 +27,7 @@ from support.stack import EMAIL, RawServer, Stack, read_head, running
 
 from guestpass.edge import relay
 from guestpass.edge.plugins import PluginSet
+from guestpass.loop import unsent
 from guestpass.model import Revocation
 from guestpass.plugin import RequestContext
 from guestpass_speedups.session import ErrorCode
@@ -542,7 +543,10 @@ async def test_nothing_is_watched_once_the_visitor_has_it(stack: Stack) -> None:
     for _ in range(3):
         assert (await stack.get("/big?mb=1")).status == 200
     (grant,) = stack.edge.grants._by_digest.values()
-    await stack.until(lambda: not grant.tails, "all is acknowledged")
+    if stack.edge.lane.fast:  # an open connection stays known; what it has not sent is looked at when it matters
+        await stack.until(lambda: not any(unsent(c.transport) for c in grant.tails), "all is acknowledged")
+    else:
+        await stack.until(lambda: not grant.tails, "all is acknowledged")
     assert (await stack.edge.service.delete(stack.share_id)).streams == 0
 
 
