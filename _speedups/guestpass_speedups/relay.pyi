@@ -38,6 +38,7 @@ class Lane:
         statuses: Mapping[int, int],
         buckets: Sequence[float],
         abort_now: Callable[[asyncio.WriteTransport], None],
+        unsent: Callable[[asyncio.WriteTransport], int],
         fast: bool,
     ) -> None: ...
     def tick(self, now: float) -> None: ...

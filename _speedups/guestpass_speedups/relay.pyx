@@ -27,7 +27,9 @@ that came in the same frame; an answer that is complete is written at once, what
 **Credit** is given for what was handed to a transport that is not paused. While it is paused, bytes are counted in
 `unconsumed`, and the gateway stops when the window is full. Reading the tunnel never stops.
 
-**Revocation** calls FastStream.end: the socket is reset with what its kernel holds, synchronously.
+**Revocation** calls FastStream.end: the socket is reset with what its kernel holds, synchronously. A complete answer
+may still wait in the kernel, so each connection leaves a FastTail in the grant that it answered last; the clock takes
+it back when the visitor has everything. A connection that is to be closed is closed then, not before.
 
 **Time limits** need no timer per connection: each kind has one length, so a list in order of entry is in order of
 expiry. `tick` looks at the first of each, once a second.
@@ -111,6 +113,9 @@ cdef double HEAD_SECONDS = 30.0         # for a request head, from its first byt
 cdef double IDLE_SECONDS = 75.0         # between requests; nginx's default
 cdef double ANSWER_SECONDS = 300.0      # from the last of the request to the head of its answer (edge/relay.py)
 cdef double LINGER_SECONDS = 2.0        # answered before the request had ended
+# How soon, and then how often, it is looked whether the visitor has all of an answer, before its connection is closed.
+cdef double SENT_FIRST = 0.001
+cdef double SENT_POLL = 0.05
 cdef double HALF_CLOSED_SECONDS = 10.0  # the application's last bytes after a visitor's end (edge/relay.py)
 # How exactly the last use of a session is known. Nobody asks for less than a minute.
 cdef double USED_SECONDS = 1.0
@@ -232,6 +237,8 @@ cdef class Lane:
     cdef readonly dict services
     cdef object loop
     cdef object abort_now
+    cdef object unsent
+    cdef set tails
     cdef object _timer
     cdef bytearray storage          # never resized
     cdef uint8_t *buffer
@@ -248,7 +255,8 @@ cdef class Lane:
     cdef int n_bounds
     cdef double seconds
 
-    def __init__(self, *, dict cookies, dict tokens, bytes bearer, dict statuses, buckets, abort_now, bint fast):
+    def __init__(self, *, dict cookies, dict tokens, bytes bearer, dict statuses, buckets, abort_now, unsent,
+                 bint fast):
         cdef int index
         self.fast = fast
         self.cookies = cookies
@@ -256,6 +264,8 @@ cdef class Lane:
         self.bearer = bearer
         self.statuses = statuses
         self.abort_now = abort_now
+        self.unsent = unsent
+        self.tails = set()
         self.connections = set()
         self.services = {}
         self.loop = asyncio.get_running_loop()
@@ -288,6 +298,10 @@ cdef class Lane:
         cdef PyObject *first
         cdef Connection connection
         self.now = now
+        for tail in list(self.tails):
+            connection = (<FastTail> tail).connection
+            if connection.transport is None or not self.unsent(connection.transport):
+                connection._forget_tail()
         for kind in range(1, N_TIMERS):
             while True:
                 first = self.timers[kind].first
@@ -329,7 +343,11 @@ cdef class Lane:
         batch = self.dirty
         self.dirty = []
         for connection in batch:
-            (<Connection> connection)._flush()
+            try:
+                (<Connection> connection)._flush()
+            except Exception as exc:    # the others' answers do not wait for ever
+                (<Connection> connection)._cut(CANCEL)
+                self.loop.call_exception_handler({"message": "a visitor's connection failed", "exception": exc})
 
     @final
     cdef int _flush_soon(self, Connection connection) except -1:
@@ -386,6 +404,21 @@ cdef class Lane:
         if best is not None and best.last_assigned > MAX_STREAM_ID // 2 and best.retiring:
             return None
         return best
+
+
+cdef class FastTail:
+    """The end of the last answer on a connection: `grants.Tail`."""
+    cdef Connection connection
+    cdef public object grant
+
+    def cut(self):
+        """Whether there was something to cut off."""
+        cdef Connection connection = self.connection
+        if connection.phase == P_GONE or not connection.lane.unsent(connection.transport):
+            return False
+        connection._drop_stream(REVOKED)
+        connection._revoked()
+        return True
 
 
 cdef class FastStream(Stream):
@@ -617,6 +650,7 @@ cdef class FastStream(Stream):
             self._count(self.status)
         if connection.paused and connection.unconsumed:
             connection.kept = self          # its promise holds until the transport has drained
+        connection._leave_tail(self.grant_)
         self._detach()
         if not self.ended:
             self.abandon(CANCEL)            # nobody wants the rest of the request
@@ -658,6 +692,7 @@ cdef class Connection:
     # the answer
     cdef FastStream stream
     cdef FastStream kept
+    cdef FastTail tail
     cdef readonly bint paused       # by the transport
     cdef bint dirty
     cdef list queue
@@ -715,6 +750,7 @@ cdef class Connection:
     def connection_lost(self, exc):
         self.lane.connections.discard(self)
         self._drop_stream(CANCEL)
+        self._forget_tail()
         self._gone()
         self.kept = None
         self.last = None
@@ -1271,11 +1307,46 @@ cdef class Connection:
         self.held_size = 0
         if whole or self.secure or not self.transport.can_write_eof():
             self._wait(T_NONE)
-            self.transport.close()
+            self._close_when_sent(SENT_FIRST)
             return 0
         self._wait(T_LINGER)
         self.transport.write_eof()
         return self._sync_reading()
+
+    def _close_when_sent(self, double pause):
+        """A closed socket cannot be reset any more: a revocation would come too late for what its kernel has."""
+        if self.transport is None or self.phase == P_GONE:
+            return
+        if self.tail is None or not self.lane.unsent(self.transport):
+            self.transport.close()
+        else:
+            self.lane.loop.call_later(pause, self._close_when_sent, min(2 * pause, SENT_POLL))
+
+    @final
+    cdef int _leave_tail(self, grant) except -1:
+        cdef FastTail tail = self.tail
+        if tail is not None:
+            if tail.grant is grant:
+                return 0
+            self._forget_tail()
+        tail = FastTail.__new__(FastTail)
+        tail.connection = self
+        tail.grant = grant
+        self.tail = tail
+        grant.tails[self.transport] = tail
+        self.lane.tails.add(tail)
+        return 0
+
+    @final
+    cdef int _forget_tail(self) except -1:
+        cdef FastTail tail = self.tail
+        if tail is None:
+            return 0
+        self.tail = None
+        self.lane.tails.discard(tail)
+        if tail.grant.tails.get(self.transport) is tail:
+            del tail.grant.tails[self.transport]
+        return 0
 
     @final
     cdef int _cut(self, uint32_t code) except -1:
@@ -1361,7 +1432,7 @@ cdef class Connection:
             self.transport.close()
             return 0
         if kind == T_LINGER:
-            if self.transport.get_write_buffer_size():
+            if self.lane.unsent(self.transport):
                 return self._wait(T_LINGER)     # a slow reader
             self.transport.close()
             return 0

@@ -549,6 +549,7 @@ async def test_a_revocation_while_the_filters_look_is_not_taken_for_the_shares_e
         elif asked == 3:
             await stack.edge.service.delete(stack.share_id)
 
+    monkeypatch.setattr(stack.edge.lane, "fast", False)  # as with filters from the start
     monkeypatch.setattr(PluginSet, "filters", [None])
     monkeypatch.setattr(PluginSet, "on_request", on_request)
     assert (await stack.get("/")).status == 200

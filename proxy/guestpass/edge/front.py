@@ -30,7 +30,7 @@ from guestpass.edge import headers as h
 from guestpass.edge.grants import Grant, GrantTable
 from guestpass.edge.metrics import DURATIONS
 from guestpass.edge.relay import RETRY_AFTER, STATUS_OF_RESET
-from guestpass.loop import abort_now
+from guestpass.loop import abort_now, unsent
 from guestpass.model import SessionKind
 from guestpass.tokens import BEARER_PREFIX
 from guestpass_speedups.relay import Connection, Entry, Lane
@@ -359,6 +359,7 @@ class FastLane(Lane):
             statuses=STATUS_OF_RESET,
             buckets=DURATIONS,
             abort_now=abort_now,
+            unsent=unsent,
             fast=fast,
         )
         self._grants = grants
@@ -407,5 +408,6 @@ def bare_lane() -> Lane:
         statuses=STATUS_OF_RESET,
         buckets=DURATIONS,
         abort_now=abort_now,
+        unsent=unsent,
         fast=False,
     )
