@@ -722,6 +722,41 @@ def test_stale_connections(how: str, head: bytes, more: dict[str, Any], safe: bo
     web.check_silence()
 
 
+def test_what_is_sent_once_more_waits_for_a_new_connection() -> None:
+    """One that another stream releases meanwhile may be as stale as the first."""
+    web = Exchange()
+    for _ in range(2):
+        web.ask(GET)
+    one, two = web.pool.connect(), web.pool.connect()
+    web.settle()
+    web.say(one, OK)
+    _, handler = web.ask(GET)
+    one.hang_up()
+    web.settle()
+    assert web.pool.attempts == 3
+    web.say(two, OK)
+    assert two.protocol.idle
+    fresh = web.pool.connect()
+    web.settle()
+    web.say(fresh, OK)
+    assert handler.body == b"ok"
+    web.check_silence()
+
+
+def test_a_tls_connection_that_was_to_be_paused_is_read_again() -> None:
+    web = Exchange(half_close=False)
+    _, handler, transport = web.serve(GET)
+    transport.say(b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + pattern(0, 300_000))
+    web.settle()
+    assert bytes(handler.body) == pattern(0, 300_000)
+    assert transport.protocol.idle
+    assert transport.reading
+    _, handler, _ = web.serve(GET)
+    web.say(transport, OK)
+    assert handler.body == b"ok"
+    web.check_silence()
+
+
 def test_a_service_that_speaks_before_it_is_asked() -> None:
     """A 408 for the idle connection, which has crossed the request: it answers nobody."""
     web = Exchange()
