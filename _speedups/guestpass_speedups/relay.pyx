@@ -238,6 +238,7 @@ cdef class Lane:
     cdef object loop
     cdef object abort_now
     cdef object unsent
+    cdef object resume_reading
     cdef set tails
     cdef object _timer
     cdef bytearray storage          # never resized
@@ -256,7 +257,7 @@ cdef class Lane:
     cdef double seconds
 
     def __init__(self, *, dict cookies, dict tokens, bytes bearer, dict statuses, buckets, abort_now, unsent,
-                 bint fast):
+                 resume_reading, bint fast):
         cdef int index
         self.fast = fast
         self.cookies = cookies
@@ -265,6 +266,7 @@ cdef class Lane:
         self.statuses = statuses
         self.abort_now = abort_now
         self.unsent = unsent
+        self.resume_reading = resume_reading
         self.tails = set()
         self.connections = set()
         self.services = {}
@@ -1008,7 +1010,7 @@ cdef class Connection:
             if pause:
                 self.transport.pause_reading()
             else:
-                self.transport.resume_reading()
+                self.lane.resume_reading(self.transport)
         return 0
 
     # -- the fast lane ---------------------------------------------------------------------------------------
