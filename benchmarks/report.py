@@ -30,6 +30,11 @@ A ratio is the median of ours over the median of the peer, of alternating rounds
 the rounds' own ratios. A round with a wrong status, a wrong length or a socket error is not counted.
 """
 
+BUSY = """\
+**Other processes used much of the machine during some of these runs**, as is said beside each figure. All took their
+turns under the same load, but such rates and latencies say little about the stacks; CPU per request says more.
+"""
+
 # One colour and mark for each target in all plots; ours first.
 STYLES = {
     "guestpass": ("#0b6e4f", "o"),
@@ -74,6 +79,8 @@ def report(results: Sequence[dict[str, Any]], plots: Iterable[tuple[str, str]], 
         parts.append(
             "**These are figures of a smoke run: they show that the scripts work and nothing else.**\n"
         )
+    if any("other processes had" in row.get("note", "") for result in results for row in result["figures"]):
+        parts.append(BUSY)
     parts.append(circumstances(results))
     decided = [row for result in results for row in result["figures"] if row["target"]]
     parts += ["## Targets\n", figure_table(decided, verdict=True)]

@@ -39,6 +39,7 @@ class Lane:
         buckets: Sequence[float],
         abort_now: Callable[[asyncio.WriteTransport], None],
         unsent: Callable[[asyncio.WriteTransport], int],
+        resume_reading: Callable[[asyncio.ReadTransport], None],
         fast: bool,
     ) -> None: ...
     def tick(self, now: float) -> None: ...

@@ -27,7 +27,9 @@ that came in the same frame; an answer that is complete is written at once, what
 **Credit** is given for what was handed to a transport that is not paused. While it is paused, bytes are counted in
 `unconsumed`, and the gateway stops when the window is full. Reading the tunnel never stops.
 
-**Revocation** calls FastStream.end: the socket is reset with what its kernel holds, synchronously.
+**Revocation** calls FastStream.end: the socket is reset with what its kernel holds, synchronously. A complete answer
+may still wait in the kernel, so each connection leaves a FastTail in the grant that it answered last; the clock takes
+it back when the visitor has everything. A connection that is to be closed is closed then, not before.
 
 **Time limits** need no timer per connection: each kind has one length, so a list in order of entry is in order of
 expiry. `tick` looks at the first of each, once a second.
@@ -111,10 +113,10 @@ cdef double HEAD_SECONDS = 30.0         # for a request head, from its first byt
 cdef double IDLE_SECONDS = 75.0         # between requests; nginx's default
 cdef double ANSWER_SECONDS = 300.0      # from the last of the request to the head of its answer (edge/relay.py)
 cdef double LINGER_SECONDS = 2.0        # answered before the request had ended
-cdef double HALF_CLOSED_SECONDS = 10.0  # the application's last bytes after a visitor's end (edge/relay.py)
-# A connection that is to be closed is looked at so soon, then less often, until the visitor has everything.
+# How soon, and then how often, it is looked whether the visitor has all of an answer, before its connection is closed.
 cdef double SENT_FIRST = 0.001
-cdef double SENT_MOST = 0.05
+cdef double SENT_POLL = 0.05
+cdef double HALF_CLOSED_SECONDS = 10.0  # the application's last bytes after a visitor's end (edge/relay.py)
 # How exactly the last use of a session is known. Nobody asks for less than a minute.
 cdef double USED_SECONDS = 1.0
 
@@ -235,7 +237,9 @@ cdef class Lane:
     cdef readonly dict services
     cdef object loop
     cdef object abort_now
-    cdef object unsent              # how many bytes have not reached the peer's kernel
+    cdef object unsent
+    cdef object resume_reading
+    cdef set tails
     cdef object _timer
     cdef bytearray storage          # never resized
     cdef uint8_t *buffer
@@ -252,7 +256,8 @@ cdef class Lane:
     cdef int n_bounds
     cdef double seconds
 
-    def __init__(self, *, dict cookies, dict tokens, bytes bearer, dict statuses, buckets, abort_now, unsent, bint fast):
+    def __init__(self, *, dict cookies, dict tokens, bytes bearer, dict statuses, buckets, abort_now, unsent,
+                 resume_reading, bint fast):
         cdef int index
         self.fast = fast
         self.cookies = cookies
@@ -261,6 +266,8 @@ cdef class Lane:
         self.statuses = statuses
         self.abort_now = abort_now
         self.unsent = unsent
+        self.resume_reading = resume_reading
+        self.tails = set()
         self.connections = set()
         self.services = {}
         self.loop = asyncio.get_running_loop()
@@ -293,6 +300,10 @@ cdef class Lane:
         cdef PyObject *first
         cdef Connection connection
         self.now = now
+        for tail in list(self.tails):
+            connection = (<FastTail> tail).connection
+            if connection.transport is None or not self.unsent(connection.transport):
+                connection._forget_tail()
         for kind in range(1, N_TIMERS):
             while True:
                 first = self.timers[kind].first
@@ -334,7 +345,11 @@ cdef class Lane:
         batch = self.dirty
         self.dirty = []
         for connection in batch:
-            (<Connection> connection)._flush()
+            try:
+                (<Connection> connection)._flush()
+            except Exception as exc:    # the others' answers do not wait for ever
+                (<Connection> connection)._cut(CANCEL)
+                self.loop.call_exception_handler({"message": "a visitor's connection failed", "exception": exc})
 
     @final
     cdef int _flush_soon(self, Connection connection) except -1:
@@ -391,6 +406,21 @@ cdef class Lane:
         if best is not None and best.last_assigned > MAX_STREAM_ID // 2 and best.retiring:
             return None
         return best
+
+
+cdef class FastTail:
+    """The end of the last answer on a connection: `grants.Tail`."""
+    cdef Connection connection
+    cdef public object grant
+
+    def cut(self):
+        """Whether there was something to cut off."""
+        cdef Connection connection = self.connection
+        if connection.phase == P_GONE or not connection.lane.unsent(connection.transport):
+            return False
+        connection._drop_stream(REVOKED)
+        connection._revoked()
+        return True
 
 
 cdef class FastStream(Stream):
@@ -622,31 +652,11 @@ cdef class FastStream(Stream):
             self._count(self.status)
         if connection.paused and connection.unconsumed:
             connection.kept = self          # its promise holds until the transport has drained
-        connection._watch_for(self.grant_)
+        connection._leave_tail(self.grant_)
         self._detach()
         if not self.ended:
             self.abandon(CANCEL)            # nobody wants the rest of the request
         return connection._answered(keep_alive)
-
-
-cdef class Watch:
-    """A connection whose last answers may still be on their way to the visitor: `grants.Tail`.
-
-    It stays in the grant's `tails` for as long as the connection serves that grant, so a request costs nothing more;
-    whether the kernel still has bytes is looked at when something is revoked.
-    """
-    cdef Connection connection
-    cdef public object grant
-
-    def cut(self):
-        """Nothing more reaches the visitor; False: they had everything."""
-        cdef Connection connection = self.connection
-        connection.watch = None
-        if connection.transport is None or not connection._has_unsent():
-            return False
-        connection._drop_stream(REVOKED)
-        connection._revoked()
-        return True
 
 
 cdef class Connection:
@@ -684,6 +694,7 @@ cdef class Connection:
     # the answer
     cdef FastStream stream
     cdef FastStream kept
+    cdef FastTail tail
     cdef readonly bint paused       # by the transport
     cdef bint dirty
     cdef list queue
@@ -691,7 +702,6 @@ cdef class Connection:
     cdef uint64_t unconsumed
 
     # who
-    cdef Watch watch
     cdef Entry last
     cdef bint named                 # the three below are known
     cdef bint trusted               # the peer may speak for others (`trusted_proxies`)
@@ -742,10 +752,10 @@ cdef class Connection:
     def connection_lost(self, exc):
         self.lane.connections.discard(self)
         self._drop_stream(CANCEL)
+        self._forget_tail()
         self._gone()
         self.kept = None
         self.last = None
-        self._unwatch()
         self._drop_held()
         self.lost(exc)
         self._write = None
@@ -1000,7 +1010,7 @@ cdef class Connection:
             if pause:
                 self.transport.pause_reading()
             else:
-                self.transport.resume_reading()
+                self.lane.resume_reading(self.transport)
         return 0
 
     # -- the fast lane ---------------------------------------------------------------------------------------
@@ -1272,33 +1282,6 @@ cdef class Connection:
         return 0
 
     @final
-    cdef int _watch_for(self, grant) except -1:
-        """What the visitor has not got yet is of this grant."""
-        cdef Watch watch = self.watch
-        if watch is not None:
-            if watch.grant is grant and self in grant.tails:
-                return 0
-            self._unwatch()
-        watch = Watch.__new__(Watch)
-        watch.connection = self
-        watch.grant = grant
-        self.watch = watch
-        grant.tails[self] = watch
-        return 0
-
-    @final
-    cdef bint _has_unsent(self) except -1:
-        """Whether something that was written here has not reached the visitor's kernel."""
-        return self.queue is not None or self.lane.head_for is self or self.lane.unsent(self.transport) != 0
-
-    @final
-    cdef int _unwatch(self) except -1:
-        if self.watch is not None:
-            self.watch.grant.tails.pop(self, None)
-            self.watch = None
-        return 0
-
-    @final
     cdef int _answered(self, bint keep_alive) except -1:
         """The fast lane's answer is complete."""
         self.blocked = False
@@ -1324,26 +1307,48 @@ cdef class Connection:
         self.phase = P_LINGER
         self.blocked = False
         self.held_size = 0
-        if self.secure or not self.transport.can_write_eof():
+        if whole or self.secure or not self.transport.can_write_eof():
             self._wait(T_NONE)
             self._close_when_sent(SENT_FIRST)
-            return 0
-        if whole and not (self.watch is not None and self.lane.unsent(self.transport)):
-            self._wait(T_NONE)
-            self.transport.close()
             return 0
         self._wait(T_LINGER)
         self.transport.write_eof()
         return self._sync_reading()
 
     def _close_when_sent(self, double pause):
-        """A closed socket cannot be reset any more, so what a revocation may have to cut is seen off first."""
+        """A closed socket cannot be reset any more: a revocation would come too late for what its kernel has."""
         if self.transport is None or self.phase == P_GONE:
             return
-        if self.watch is not None and self.lane.unsent(self.transport):
-            self.lane.loop.call_later(pause, self._close_when_sent, min(2 * pause, SENT_MOST))
-        else:
+        if self.tail is None or not self.lane.unsent(self.transport):
             self.transport.close()
+        else:
+            self.lane.loop.call_later(pause, self._close_when_sent, min(2 * pause, SENT_POLL))
+
+    @final
+    cdef int _leave_tail(self, grant) except -1:
+        cdef FastTail tail = self.tail
+        if tail is not None:
+            if tail.grant is grant:
+                return 0
+            self._forget_tail()
+        tail = FastTail.__new__(FastTail)
+        tail.connection = self
+        tail.grant = grant
+        self.tail = tail
+        grant.tails[self.transport] = tail
+        self.lane.tails.add(tail)
+        return 0
+
+    @final
+    cdef int _forget_tail(self) except -1:
+        cdef FastTail tail = self.tail
+        if tail is None:
+            return 0
+        self.tail = None
+        self.lane.tails.discard(tail)
+        if tail.grant.tails.get(self.transport) is tail:
+            del tail.grant.tails[self.transport]
+        return 0
 
     @final
     cdef int _cut(self, uint32_t code) except -1:
@@ -1425,13 +1430,11 @@ cdef class Connection:
             stream.abandon(TIMEOUT)
             return self._failed(raw, TIMEOUT, False, stream.grant_)
         if kind == T_IDLE:
-            if self._has_unsent():
-                return self._wait(T_IDLE)       # a slow reader: what is closed cannot be cut any more
             self._gone()
             self.transport.close()
             return 0
         if kind == T_LINGER:
-            if self._has_unsent():
+            if self.lane.unsent(self.transport):
                 return self._wait(T_LINGER)     # a slow reader
             self.transport.close()
             return 0

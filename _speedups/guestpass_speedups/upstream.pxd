@@ -70,7 +70,9 @@ cdef class UpstreamConnection:
     cdef bint finish_due                    # FIN to the service, when `out` is empty
     cdef bint begun                         # of the answer at least a byte has come
     cdef bint spoken                        # of the request at least the head was written
-    cdef bint reading_paused
+    cdef bint reading_paused                # as far as this side wants
+    cdef bint pause_due                     # TLS: the transport is to be told
+    cdef bint paused                        # TLS: … and was
     cdef bint writing_paused
 
     cdef int queue(self, bytes data) except -1

@@ -110,6 +110,9 @@ cdef enum:
     ROOM = 65536
     # Pieces of a request are joined up to this size; above, copying costs more than a vector of buffers.
     JOIN = 8192
+    # A message on an upgraded connection up to this size is written at once: it is somebody's key press, not a part of
+    # a stream that is worth waiting for.
+    SMALL = 4096
     # What one read brings at most. All connections of a service share the buffer: it is emptied before the loop's next
     # callback. A piece of body of this size is no burden to malloc; one of 128 KiB or more is mapped and faulted in.
     READ = 65536
@@ -333,13 +336,12 @@ cdef class UpstreamStream(Stream):
         connection.spoken = False
         self.phase = P_ASKED
         self.since = now
-        if self.request_sent:
+        if self.request_sent or self.upgrade:
             connection.spoken = True
             connection.write(self.head)
         else:
             connection.queue(self.head)
-            if not self.upgrade and self.held is not None:
-                self._pass_held()
+            self._pass_held()
         return 0
 
     cdef int _pass_held(self) except -1:
@@ -369,6 +371,11 @@ cdef class UpstreamStream(Stream):
                 memcpy(PyBytes_AS_STRING(framed) + length, PyBytes_AS_STRING(data), size)
                 memcpy(PyBytes_AS_STRING(framed) + length + size, b"\r\n", 2)
                 connection.queue(framed)
+            elif self.upgrade and size <= SMALL and not connection.out and not connection.lost \
+                    and not connection.writing_paused and not connection.transport.is_closing():
+                connection.write(data)
+                if not connection.writing_paused:
+                    self.drained(self.since)
             else:
                 connection.queue(data)
         if fin:
@@ -656,7 +663,11 @@ cdef class UpstreamConnection:
     cdef int _resume(self) except -1:
         if self.reading_paused and self.transport is not None:
             self.reading_paused = False
-            self.transport.resume_reading()
+            if self.half_close:
+                self.transport.resume_reading()
+            elif self.paused:
+                self.paused = False
+                self.transport.resume_reading()
         return 0
 
     cdef UpstreamStream _detach(self):
@@ -677,7 +688,7 @@ cdef class UpstreamConnection:
         """The connection ended before the first byte of a response."""
         cdef bint reused = self.used
         cdef UpstreamStream stream = self.stream
-        if stream.safe and reused and not stream.retried:
+        if stream.safe and reused:          # the second time it is on a new connection
             self._detach()
             self.abort_()
             stream.retried = True
@@ -912,8 +923,20 @@ cdef class UpstreamConnection:
     cdef int _pass_on(self, bytes data, bint fin) except -1:
         if not self.stream.send_bytes(data, fin) and not self.reading_paused and self.transport is not None:
             self.reading_paused = True
-            self.transport.pause_reading()
+            if self.half_close:
+                self.transport.pause_reading()
+            elif not self.pause_due:
+                # aiofastnet (1.2) forgets what it has decrypted, or is about to, when a TLS transport is paused from
+                # within a read: nothing wakes it up for that after resuming. Outside of one there is nothing left.
+                self.pause_due = True
+                self.pool.loop.call_soon(self._pause_now)
         return 0
+
+    def _pause_now(self):
+        self.pause_due = False
+        if self.reading_paused and not self.paused and self.transport is not None:
+            self.paused = True
+            self.transport.pause_reading()
 
     cdef int _finish(self, bint reusable) except -1:
         """The response is complete. `reusable`: it was framed, and not one byte more came."""

@@ -48,6 +48,9 @@ BUSY_PAUSE = 1.0
 
 CHECK_SECONDS = 1
 
+# More for every so many connections, which have to be made first: a TLS handshake is a millisecond.
+CHECK_CONNECTIONS = 256
+
 # A response may differ a little from the first in its head: a date, a count.
 HEAD_SLACK = 16
 
@@ -309,7 +312,8 @@ def check(target: Target, load: Load) -> int:
         raise Wrong(f"{target.name} answers {head.splitlines()[:1]}")
     if content != body(load.size):
         raise Wrong(f"{target.name}: the body is not what the application sent")
-    totals = wrk(target, load, CHECK_SECONDS, f"200:{SIZES[load.size]}")
+    seconds = CHECK_SECONDS + load.connections // CHECK_CONNECTIONS
+    totals = wrk(target, load, seconds, f"200:{SIZES[load.size]}")
     if totals["wrong"] or not totals["seen"]:
         raise Wrong(f"{target.name}: {totals['wrong']} of {totals['seen']} responses were wrong")
     return len(head) + len(content)

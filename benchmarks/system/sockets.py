@@ -80,6 +80,7 @@ def messages(
     figures = []
     for target in targets[1:]:
         peer = rounds[target.name]
+        others = max(one["others"] for one in (*ours, *peer))
         for of, unit in (("rate", "messages/s"), ("p99", "µs")):
             each = [a[of] / b[of] for a, b in zip(ours, peer, strict=True)]
             a, b = (statistics.median(one[of] for one in who) for who in (ours, peer))
@@ -95,6 +96,7 @@ def messages(
                     target="≥ 0.9" if decided else None,
                     rounds=len(each),
                     spread=[round(min(each), 3), round(max(each), 3)],
+                    note=f"other processes had {others:.1f} processors" if others > 2 * MAX_OTHERS else "",
                 )
             )
     return figures

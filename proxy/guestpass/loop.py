@@ -135,6 +135,17 @@ def abort_now(transport: asyncio.WriteTransport) -> None:
     transport.abort()
 
 
+def resume_reading(transport: asyncio.ReadTransport) -> None:
+    """`transport.resume_reading()`, and what was left behind by the pause.
+
+    aiofastnet 1.2.0 keeps what it had read from the socket when a protocol paused in the middle of it, and looks at it
+    again only when the socket has more: the end of an upload over TLS would wait for ever."""
+    transport.resume_reading()
+    again = getattr(transport, "_retry_ssl_read", None)
+    if again is not None:
+        asyncio.get_running_loop().call_soon(again)
+
+
 def unsent(transport: asyncio.WriteTransport) -> int:
     """How many bytes that were written have not reached the peer's kernel: in the process, and in our kernel (Linux,
     tcp(7): SIOCOUTQ). 0 when the connection is gone."""

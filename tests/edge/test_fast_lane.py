@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import random
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator
@@ -342,6 +343,33 @@ async def test_visitors_over_tls(app: Application, stack: Stack) -> None:
             assert await ws.receive_bytes(timeout=10) == body
     assert stack.answered("aiohttp") == 0
     await stack.until(lambda: stack.edge.grants.all_streams == 0, "no stream is left")
+
+
+@pytest.mark.parametrize("lane", ["fast", "aiohttp"])
+async def test_the_end_of_an_upload_over_tls(app: Application, tmp_path: Path, lane: str) -> None:
+    """Reading pauses while records wait between the socket and the front, and the socket has no more to say: the rest
+    must come all the same. Sizes around multiples of what one read may bring."""
+    async with running(tmp_path, app.url, lane=lane) as stack:
+        trust = ssl.create_default_context(cafile=str(stack.ca))
+        port = int(stack.tunnel_url.rpartition(":")[2])
+
+        def upload(total: int) -> bytes:
+            size = total - len(stack.head("POST", "/swallow", f"Content-Length: {total}"))
+            data = stack.head("POST", "/swallow", f"Content-Length: {size}") + bytes(size)
+            plain = socket.create_connection(("127.0.0.1", port))
+            with trust.wrap_socket(plain, server_hostname="localhost") as sock:
+                sock.settimeout(20)
+                sock.sendall(data)
+                received = b""
+                while not received.endswith(b"%d" % size):
+                    part = sock.recv(65536)
+                    assert part, received
+                    received += part
+            return received
+
+        for extra in (0, 1, 2, 14, 1000):
+            received = await asyncio.to_thread(upload, 12 * 256 * 1024 + extra)
+            assert received.startswith(b"HTTP/1.1 200 ")
 
 
 async def test_half_a_tls_connection_is_none(app: Application, stack: Stack) -> None:

@@ -544,7 +544,7 @@ async def test_nothing_is_watched_once_the_visitor_has_it(stack: Stack) -> None:
         assert (await stack.get("/big?mb=1")).status == 200
     (grant,) = stack.edge.grants._by_digest.values()
     if stack.edge.lane.fast:  # an open connection stays known; what it has not sent is looked at when it matters
-        await stack.until(lambda: not any(unsent(c.transport) for c in grant.tails), "all is acknowledged")
+        await stack.until(lambda: not any(unsent(t) for t in grant.tails), "all is acknowledged")
     else:
         await stack.until(lambda: not grant.tails, "all is acknowledged")
     assert (await stack.edge.service.delete(stack.share_id)).streams == 0
@@ -592,6 +592,7 @@ async def test_a_revocation_while_the_filters_look_is_not_taken_for_the_shares_e
         elif asked == 3:
             await stack.edge.service.delete(stack.share_id)
 
+    monkeypatch.setattr(stack.edge.lane, "fast", False)  # as with filters from the start
     monkeypatch.setattr(PluginSet, "filters", [None])
     monkeypatch.setattr(PluginSet, "on_request", on_request)
     assert (await stack.get("/")).status == 200

@@ -55,6 +55,7 @@ class Transport:
         self.eof = False
         self.lost = False
         self.unread = b""
+        self.delivering = False
 
     @property
     def written(self) -> bytes:
@@ -91,6 +92,7 @@ class Transport:
 
     def pause_reading(self) -> None:
         assert self.reading
+        assert self.protocol.pool.half_close or not self.delivering, "TLS is not paused from within a read"
         self.reading = False
 
     def resume_reading(self) -> None:
@@ -126,7 +128,9 @@ class Transport:
                 size = min(len(data), len(buffer))
                 buffer[:size] = data[:size]
                 data = data[size:]
+                self.delivering = True
                 self.protocol.buffer_updated(size)
+                self.delivering = False
                 if self.closed or not self.reading:
                     self.unread += data
                     return

@@ -354,8 +354,9 @@ def test_location_points_to_the_share(size: int) -> None:
 # ── bodies, back-pressure ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_slow_reader_pauses_the_service() -> None:
-    web = Exchange()
+@pytest.mark.parametrize("half_close", [True, False])
+def test_slow_reader_pauses_the_service(half_close: bool) -> None:
+    web = Exchange(half_close=half_close)
     stream, handler, transport = web.serve(GET, auto=False)
     web.say(transport, b"HTTP/1.1 200 OK\r\nContent-Length: 10000000\r\n\r\n")
     far, said = web.far, 0
@@ -721,24 +722,55 @@ def test_stale_connections(how: str, head: bytes, more: dict[str, Any], safe: bo
     web.check_silence()
 
 
+def test_what_is_sent_once_more_waits_for_a_new_connection() -> None:
+    """One that another stream releases meanwhile may be as stale as the first."""
+    web = Exchange()
+    for _ in range(2):
+        web.ask(GET)
+    one, two = web.pool.connect(), web.pool.connect()
+    web.settle()
+    web.say(one, OK)
+    _, handler = web.ask(GET)
+    one.hang_up()
+    web.settle()
+    assert web.pool.attempts == 3
+    web.say(two, OK)
+    assert two.protocol.idle
+    fresh = web.pool.connect()
+    web.settle()
+    web.say(fresh, OK)
+    assert handler.body == b"ok"
+    web.check_silence()
+
+
+def test_a_tls_connection_that_was_to_be_paused_is_read_again() -> None:
+    web = Exchange(half_close=False)
+    _, handler, transport = web.serve(GET)
+    transport.say(b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + pattern(0, 300_000))
+    web.settle()
+    assert bytes(handler.body) == pattern(0, 300_000)
+    assert transport.protocol.idle
+    assert transport.reading
+    _, handler, _ = web.serve(GET)
+    web.say(transport, OK)
+    assert handler.body == b"ok"
+    web.check_silence()
+
+
 def test_a_service_that_speaks_before_it_is_asked() -> None:
     """A 408 for the idle connection, which has crossed the request: it answers nobody."""
     web = Exchange()
     _, _, transport = web.serve(GET)
     web.say(transport, OK)
-    stream = web.edge.session.open("web", UPGRADE, handler := Recorder(), fin=False)
+    head = b"PUT / HTTP/1.1\r\nHost: s\r\nContent-Length: 1\r\n\r\n"
+    web.edge.session.open("web", head, handler := Recorder(), fin=True, body=b"x")
     web.shuttle()
     assert len(transport.writes) == 1, "the request leaves at the end of the turn"
     transport.say(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
     web.settle()
     assert transport.aborted
-    again = web.pool.connect()
-    web.settle()
-    web.say(again, SWITCH)
-    assert handler.heads[0].startswith(b"HTTP/1.1 101 ")
-    stream.send(b"", fin=True)
-    again.hang_up()
-    web.check_silence()
+    assert len(transport.writes) == 1
+    assert handler.reset_code == BAD
 
 
 @pytest.mark.parametrize(("idle", "left"), [(1000.0, 5), (0.0, 0)])

@@ -30,7 +30,7 @@ from guestpass.edge import headers as h
 from guestpass.edge.grants import Grant, GrantTable
 from guestpass.edge.metrics import DURATIONS
 from guestpass.edge.relay import RETRY_AFTER, STATUS_OF_RESET
-from guestpass.loop import abort_now, unsent
+from guestpass.loop import abort_now, resume_reading, unsent
 from guestpass.model import SessionKind
 from guestpass.tokens import BEARER_PREFIX
 from guestpass_speedups.relay import Connection, Entry, Lane
@@ -360,6 +360,7 @@ class FastLane(Lane):
             buckets=DURATIONS,
             abort_now=abort_now,
             unsent=unsent,
+            resume_reading=resume_reading,
             fast=fast,
         )
         self._grants = grants
@@ -409,5 +410,6 @@ def bare_lane() -> Lane:
         buckets=DURATIONS,
         abort_now=abort_now,
         unsent=unsent,
+        resume_reading=resume_reading,
         fast=False,
     )
