@@ -1,5 +1,5 @@
 # One command for each thing a developer does. Everything is installed into $(VENV); nothing else on the machine changes.
-#   make demo   make test   make test-apps   make check   make bench
+#   make demo   make test   make test-apps   make check   make bench   make faults
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -15,7 +15,7 @@ SOURCES := $(shell find proxy _speedups plugins -type f ! -name '*.so' ! -name '
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-apps check format screenshots bench build clean
+.PHONY: help demo test test-apps check format screenshots bench bench-tunnel faults fuzz-asan build clean
 
 help:
 	@echo "make demo         share the bundled sample dashboard and print the link"
@@ -23,7 +23,10 @@ help:
 	@echo "make test-apps    Bokeh, JupyterLab and Streamlit through a tunnel, in a real browser (needs chromium)"
 	@echo "make check        formatting, lint, types, docs, duplicates, import directions"
 	@echo "make format       format the sources"
+	@echo "make faults       what the tunnel survives: kills, black holes, storms, bad input (root, iproute2, nftables)"
 	@echo "make bench        benchmarks of the tunnel's core"
+	@echo "make fuzz-asan    fuzz the tunnel's compiled core under AddressSanitizer (60 s; FUZZ_SECONDS=3600 for long)"
+	@echo "make bench-tunnel the tunnel against hashicorp/yamux and its targets, in a table"
 	@echo "make screenshots  renew the pictures in docs/screenshots (needs chromium)"
 	@echo "make build        sdist and wheel in dist/"
 
@@ -71,8 +74,23 @@ format: $(VENV)/extra-check
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Network namespaces need root, and iproute2 and nftables of Debian; without them those rows are missing, with the reason.
+faults: $(VENV)/extra-test
+	GUESTPASS_FAULTS=long GUESTPASS_FAULTS_JSON=benchmarks/results/faults.json $(BIN)/pytest -q tests/faults
+
 bench: $(VENV)/extra-test
 	$(BIN)/python benchmarks/bench_session.py
+
+# Builds into build/asan with gcc and libasan (Debian: gcc); findings are left in build/asan/findings.
+FUZZ_SECONDS ?= 60
+fuzz-asan: $(VENV)/extra-test
+	$(PIP) install 'Cython>=3.1' 'setuptools>=77'
+	$(BIN)/python tests/fuzz/asan.py frames session websocket -- -m fuzz.tunnel --seconds $(FUZZ_SECONDS)
+
+# From Debian, for parts that are skipped by name without it: golang-go and golang-github-hashicorp-yamux-dev, valgrind,
+# openssl, iproute2. The benchmark's own extension is compiled by the Cython of `check`.
+bench-tunnel: $(VENV)/extra-test $(VENV)/extra-check
+	$(BIN)/python benchmarks/tunnel/run.py
 
 build: $(VENV)/extra-dev
 	$(BIN)/python -m build

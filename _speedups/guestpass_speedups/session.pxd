@@ -41,6 +41,9 @@ cdef enum Event:    # the order is the one of EVENTS
     EV_RECV_RESET_ACK
     N_EVENTS
 
+cdef enum:
+    N_RTTS = 8          # half a minute of a busy tunnel
+
 cdef enum Code:     # ErrorCode, as C
     NO_ERROR
     PROTOCOL_ERROR
@@ -137,6 +140,7 @@ cdef class Stream:
     cdef uint64_t consumed_
     cdef uint64_t window_
     cdef uint64_t promised          # `window_` until FIN, then what is unconsumed; 0 after a reset
+    cdef uint64_t credit_due        # `consumed_` at which CREDIT is due; 0 when no more will be given
     cdef uint64_t epoch_offset
     cdef double epoch_started
 
@@ -167,6 +171,8 @@ cdef class Stream:
     cdef void _pop(self) noexcept
     cdef void _drop_output(self) noexcept
     cdef bint _sendable(self) noexcept
+    cdef int _hand_on(self, const unsigned char *data, Py_ssize_t size, bint fin) except -1
+    cdef int _consumed(self, uint64_t size) except -1
     cdef void _shrink_promise(self, uint64_t size) noexcept
     cdef int _accept_send(self) except -1
 
@@ -228,6 +234,9 @@ cdef class Session:
     cdef uint64_t ping_value
     cdef double ping_at
     cdef double rtt_                    # smoothed; < 0: none yet
+    cdef double rtt_least               # of the last N_RTTS; 0: none yet
+    cdef double rtts[N_RTTS]
+    cdef uint32_t n_rtts
     cdef Queue interactive
     cdef Queue bulk
     cdef Queue control
@@ -247,7 +256,7 @@ cdef class Session:
     cdef uint64_t frames_in[14]
     cdef uint64_t frames_out[14]
     cdef uint64_t bytes_in
-    cdef uint64_t bytes_out
+    cdef readonly uint64_t bytes_out
     cdef uint64_t n_glitches
     cdef uint64_t n_stale
     cdef uint64_t n_crossed
@@ -266,6 +275,11 @@ cdef class Session:
     cdef int receive_raw(self, const unsigned char *data, Py_ssize_t size, double now) except -1
     cdef Py_ssize_t fill_raw(self, unsigned char *out, Py_ssize_t limit, Py_ssize_t space,
                              double now) except -1
+    # As fill_raw, into a buffer that all sessions of the process share: copy `shared()` before any other code
+    # runs, then call `filled`, which makes the callbacks.
+    cdef Py_ssize_t fill_shared(self, Py_ssize_t limit, double now) except -1
+    cdef const unsigned char *shared(self) noexcept
+    cdef int filled(self) except -1
     cdef int open_raw(self, Stream stream, const unsigned char *service, Py_ssize_t service_size,
                       bint interactive, const unsigned char *head, Py_ssize_t head_size, bint fin) except -1
 
@@ -282,8 +296,9 @@ cdef class Session:
     cdef int _parse(self, const unsigned char *data, Py_ssize_t size) except -1
     cdef Py_ssize_t _collect(self, const unsigned char *data, Py_ssize_t size) except -1
     cdef inline int _check(self, const unsigned char *header) except -1
-    cdef int _frame_other(self, const unsigned char *frame) except -1
-    cdef inline int _frame(self, const unsigned char *frame) except -1
+    cdef int _frame(self, const unsigned char *frame) except -1
+    cdef inline int _body(self, PyObject *which, bint fin, const unsigned char *data,
+                          Py_ssize_t size) except -1
     cdef int _frame_data(self, uint32_t number, uint8_t flags, const unsigned char *data,
                          Py_ssize_t size) except -1
     cdef int _frame_open(self, uint32_t number, uint8_t flags, const unsigned char *data,
@@ -302,9 +317,12 @@ cdef class Session:
     cdef int _body_before_head(self, uint32_t number) except -1
     cdef inline int _move(self, Stream stream, int event) except -1
     cdef inline int _account(self, Stream stream, Py_ssize_t size, bint fin) except -1
+    cdef void _note_rtt(self, double rtt) noexcept
     cdef int _not_live(self, uint32_t number, uint8_t kind) except -1
     cdef int _glitch(self) except -1
-    cdef inline Stream _lookup(self, uint32_t number)
+    cdef inline PyObject *_live(self, uint32_t number) noexcept
+    cdef PyObject *_probe(self, uint32_t number) noexcept
+    cdef Stream _lookup(self, uint32_t number)
     cdef int _start(self, Stream stream, uint32_t number, bint interactive) except -1
     cdef int _unlink(self, Stream stream) except -1
     cdef int _finish(self, Stream stream) except -1

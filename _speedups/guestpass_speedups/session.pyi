@@ -122,6 +122,7 @@ class Session:
     def streams(self) -> int: ...  # not CLOSED
     @property
     def rtt(self) -> float | None: ...  # smoothed
+    bytes_out: int  # all that `fill` has returned
     @property
     def last_received(self) -> float: ...
     @property
@@ -153,7 +154,7 @@ class StreamRefused(Exception):
     def __init__(self, code: int, reason: str) -> None: ...
 
 FLOOR: int  # 32 KiB
-MAX_WINDOW: int  # 6 MiB
+MAX_WINDOW: int  # 16 MiB
 MAX_STREAMS: int  # 16384
 HIGH_WATER: int
 LOW_WATER: int

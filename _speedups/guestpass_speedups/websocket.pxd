@@ -28,6 +28,7 @@ cdef class WebSocket:
     cdef bytes _random
     cdef Py_ssize_t _random_used
 
+    cdef int _draw(self) except -1
     cdef uint32_t _new_key(self) except? 0
     cdef Py_ssize_t _parse(self, const uint8_t* source, Py_ssize_t size, uint8_t* target, Py_ssize_t* start) except -1
     cdef int _header_complete(self) except -1

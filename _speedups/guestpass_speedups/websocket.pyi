@@ -2,6 +2,8 @@
 
 from typing import Final
 
+from guestpass_speedups.session import Session
+
 NORMAL: Final = 1000
 GOING_AWAY: Final = 1001
 PROTOCOL_ERROR: Final = 1002
@@ -25,5 +27,7 @@ class WebSocket:
     def feed_into(self, buffer: memoryview, size: int) -> memoryview: ...
     #   The same for the first `size` bytes of `buffer`, unmasked in place: a view that is valid until the next read.
     def wrap(self, payload: bytes | bytearray | memoryview) -> bytes: ...  # one binary message; one copy
+    def wrap_output(self, session: Session, limit: int, now: float) -> bytes: ...
+    #   One binary message of what `session.fill(limit, now)` would give, or b""; one copy less than wrap() of that.
     def close(self, code: int = ..., reason: bytes = ...) -> bytes: ...  # a close frame; b"" after the first
     def take_replies(self) -> bytes: ...  # to be written: a pong, the answer to a close frame, or b""

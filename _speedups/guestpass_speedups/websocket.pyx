@@ -28,6 +28,8 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove
 
+from guestpass_speedups.session cimport Session
+
 # Opcodes, RFC 6455 section 5.2.
 cdef enum:
     CONTINUATION = 0x0
@@ -142,6 +144,19 @@ cdef class WebSocket:
         finally:
             PyBuffer_Release(&view)
 
+    def wrap_output(self, Session session not None, Py_ssize_t limit, double now):
+        """One binary message of what `session.fill(limit, now)` would give, b"" if there is nothing to send.
+
+        One copy, where `wrap` of `fill` makes two."""
+        cdef Py_ssize_t size
+        cdef bytes message
+        if self.client and self._random_used + 4 > PyBytes_GET_SIZE(self._random):
+            self._draw()        # first: the system call lets other threads run, and their sessions share the buffer
+        size = session.fill_shared(limit, now)
+        message = self._frame(BINARY, session.shared(), size) if size else b""
+        session.filled()
+        return message
+
     def close(self, int code=NORMAL, bytes reason=b""):
         """A close frame, once: b"" if one was sent before. `reason` is UTF-8; cut to what fits."""
         cdef bytes payload
@@ -161,11 +176,15 @@ cdef class WebSocket:
         """RFC 6455 section 5.3: unpredictable, fresh for every frame."""
         cdef uint32_t key
         if self._random_used + 4 > PyBytes_GET_SIZE(self._random):
-            self._random = urandom(RANDOM_POOL)
-            self._random_used = 0
+            self._draw()
         memcpy(&key, PyBytes_AS_STRING(self._random) + self._random_used, 4)
         self._random_used += 4
         return key
+
+    cdef int _draw(self) except -1:
+        self._random = urandom(RANDOM_POOL)
+        self._random_used = 0
+        return 0
 
     cdef bytes _frame(self, int opcode, const uint8_t* payload, Py_ssize_t size):
         cdef uint8_t header[HEADER_MAX]

@@ -162,6 +162,8 @@ class EdgeSection(_Section):
     workers: int = Field(default=1, ge=1)
     fast_lane: bool = True
     drain_seconds: float = Field(default=30, ge=0, le=3600)
+    # Where gateways may go while this edge is drained, besides the edges that they know themselves.
+    other_edges: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()
     api_key: Secret | None = None  # absent: made at the first start, in `api.key` beside the state
     owner: str = "The owner of this Guestpass"  # who shares, on the link page, unless a share says otherwise
     outbox: Path = Path("outbox")  # where mail is written when there is no [mail]

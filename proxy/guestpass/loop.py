@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import logging
 import socket
 import ssl as ssl_module
 import struct
@@ -18,6 +19,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import aiofastnet
+
+log = logging.getLogger("guestpass.loop")
 
 T = TypeVar("T")
 ProtocolT = TypeVar("ProtocolT", bound=asyncio.BaseProtocol)
@@ -46,12 +49,27 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
     """uvloop's loop, or asyncio's own where uvloop is not available."""
+    loop: asyncio.AbstractEventLoop
     try:
-        uvloop = importlib.import_module("uvloop")
+        loop = importlib.import_module("uvloop").new_event_loop()
     except ImportError:
-        return asyncio.new_event_loop()
-    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+        loop = asyncio.new_event_loop()
+    loop.set_exception_handler(_unhandled)
     return loop
+
+
+def _unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What no caller hears of. A TLS handshake that fails is the peer's affair: every port scan makes some, and a
+    traceback for each would fill the log. Whoever connects gets the exception besides."""
+    exc = context.get("exception")
+    if context.get("message") == "SSL handshake failed":
+        log.debug("a TLS handshake failed: %r", exc)
+        return
+    if isinstance(
+        exc, type
+    ):  # aiofastnet passes a class where there is no instance; logging cannot format one
+        context = {**context, "exception": exc()}
+    loop.default_exception_handler(context)
 
 
 async def create_server(

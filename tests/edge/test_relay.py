@@ -20,12 +20,14 @@ import aiohttp
 import jwt
 import pytest
 from aiohttp import WSMsgType, web
+from support.programs import free_port
 from support.stack import EMAIL, RawServer, Stack, read_head, running
 
 from guestpass.edge import relay
 from guestpass.edge.plugins import PluginSet
 from guestpass.model import Revocation
 from guestpass.plugin import RequestContext
+from guestpass_speedups.session import ErrorCode
 
 MB = 1 << 20
 
@@ -617,6 +619,65 @@ async def test_sessions_move_when_their_gateway_goes(app: web.AppRunner, tmp_pat
         await stack.stop_gateway(first)
         assert (await stack.get("/")).status == 200
         assert grant.gateway not in (None, first)
+
+
+async def test_a_lost_tunnel_with_another_beside_it(tmp_path: Path) -> None:
+    """What waits on a tunnel that is lost goes out again on the other one, if it may be repeated; else 502 at once."""
+    asked: list[bytes] = []
+    go = asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append((await read_head(reader)).split(b" ")[0])
+        await go.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+    async with RawServer(talk) as server, running(tmp_path, server.url) as stack:
+        for method, status in (("GET", 200), ("POST", 502)):
+            asked.clear()
+            go.clear()
+            await stack.until(lambda: stack.edge.tunnels.status()[0].tunnels == 2, "two tunnels")
+            waiting = asyncio.create_task(stack.get("/", method=method))
+            await stack.until(lambda: asked, "the request is at the application")
+            (busy,) = [link for link in stack.edge.tunnels._links if link.session.streams]
+            busy.abort()
+            if method == "GET":
+                await stack.until(lambda: len(asked) == 2, "it is there again")
+            go.set()
+            assert (await waiting).status == status
+            assert asked == [method.encode()] * (2 if method == "GET" else 1)
+
+
+async def test_a_service_that_is_down_behind_one_gateway(app: web.AppRunner, tmp_path: Path) -> None:
+    """The gateway finds out by the request itself, and another one serves it."""
+    async with running(tmp_path, url_of(app), gateways=2) as stack:
+        assert (await stack.get("/")).status == 200
+        (grant,) = stack.edge.grants._by_session.values()
+        first = grant.gateway
+        assert first is not None
+        targets = stack.agents[first][0]._upstream._targets
+        targets["dash"]._port = free_port()
+        targets["dash"].close()
+        assert (await stack.get("/")).status == 200
+        assert grant.gateway not in (None, first)
+
+
+async def test_a_drained_edge_asks_its_gateways_to_leave(app: web.AppRunner, stack: Stack) -> None:
+    gate = app.app[STATE].gate
+    headers = {"Host": stack.host, **stack.authorization}
+    links = list(stack.edge.tunnels._links)
+    await asyncio.gather(stack.get("/"), stack.get("/"))  # two connections that are kept
+    async with stack.session.get(stack.url("/events"), headers=headers) as response:
+        drained = asyncio.create_task(stack.edge.drain())
+        await stack.until(lambda: all(link.asked_to_leave for link in links), "the gateway was asked")
+        assert not any(link.draining for link in links)  # there is no other edge: it stays while it is needed
+        again = await stack.get("/")  # on a connection from before
+        assert (again.status, again.headers["Connection"]) == (200, "close")
+        for _ in range(3):
+            gate.set()
+            await response.content.readuntil(b"\n\n")
+        await drained
+    assert {link.end.code for link in links if link.end} == {ErrorCode.DRAINING}
+    assert stack.edge.tunnels.status() == []
 
 
 async def test_sessions_spread_over_gateways(app: web.AppRunner, tmp_path: Path) -> None:

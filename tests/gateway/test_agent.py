@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shutil
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from support.upstream import App, replies, serving
 
 from guestpass import loop as loops
 from guestpass.config import GatewayConfig, parse
+from guestpass.edge import tunnels as tunnels_module
 from guestpass.errors import ConfigError, NoGateway
 from guestpass.gateway import agent as agent_module
 from guestpass.gateway import health as health_module
@@ -353,3 +356,112 @@ async def test_edge_that_is_something_else(running: Running) -> None:
     running.app.talk = replies(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
     await until(lambda: "404" in status(agent).problem, "the answer is shown")
     assert "Guestpass edge" in status(agent).hint
+
+
+async def test_old_tunnel_serves_until_there_is_another(running: Running) -> None:
+    """An edge that wants to be left, and no other to go to: nobody notices until it ends the tunnel itself."""
+    await running.joined(running.config(tunnels=1))
+    edge = running.edge
+    edge.servers[0].close()
+    (old,) = edge.tunnels._links
+    edge.tunnels.leave()
+    await asyncio.sleep(0.3)  # several tries
+    assert not old.draining
+    assert await get(edge) == b"ok"
+
+
+async def test_goes_to_the_edge_that_is_named(running: Running, tmp_path: Path) -> None:
+    edge = running.edge
+    folder = tmp_path / "other"
+    folder.mkdir()
+    if edge.ca is not None:  # one CA vouches for both
+        shutil.copytree(edge.ca.parent, folder / "tls")
+    async with tunnel.edge(folder, tls=edge.ca is not None) as other:
+        other.keys.update(edge.keys)
+        edge.tunnels._other_edges = ["nonsense", edge.url, other.url]
+        agent = await running.joined(running.config(tunnels=1))
+        edge.tunnels.leave()
+        await until(lambda: other.tunnels.candidates(SITE, SERVICE), "the other edge has it")
+        assert await get(other) == b"ok"
+        await until(lambda: not edge.tunnels.is_connected(SITE, NAME), "the old tunnel goes")
+        assert status(agent).state is EdgeState.CONNECTED
+        edge.tunnels._closing = False
+        for link in list(other.tunnels._links):
+            link.abort()
+        await until(lambda: edge.tunnels.candidates(SITE, SERVICE), "back at its own edge")
+        await running.stop(agent)
+
+
+async def test_names_of_plain_edges_do_not_count_where_tls_is_spoken(
+    running: Running, tmp_path: Path
+) -> None:
+    if running.edge.ca is None:
+        return  # plain edges may name each other: the test before
+    folder = tmp_path / "other"
+    folder.mkdir()
+    async with tunnel.edge(folder, tls=False) as other:
+        other.keys.update(running.edge.keys)
+        running.edge.tunnels._other_edges = [other.url]
+        await running.joined(running.config(tunnels=1))
+        running.edge.tunnels.leave()
+        await asyncio.sleep(0.3)
+        assert other.events == []
+
+
+async def test_a_large_edge_spreads_its_gateways(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the edge says comes from its tunnels; what the gateway does with it: the first try is not at once."""
+    monkeypatch.setattr(tunnels_module, "SPREAD_RATE", 1)
+    asked: list[tuple[float, float]] = []
+
+    def uniform(low: float, high: float) -> float:
+        asked.append((low, high))
+        return 0.0
+
+    agent = await running.joined(running.config(tunnels=2))
+    keeper = agent._edges[running.edge.url]
+    await until(lambda: keeper._spread == 2, "both tunnels are counted")
+    await asyncio.sleep(0.1)  # they have lived long enough
+    monkeypatch.setattr(agent_module.random, "uniform", uniform)
+    for link in list(running.edge.tunnels._links):
+        link.abort()
+    await until(lambda: running.edge.tunnels.candidates(SITE, SERVICE), "back")
+    assert (0, 2) in asked
+    assert all(high <= agent_module.SPREAD_MOST for _, high in asked)
+
+
+async def test_a_name_is_resolved_anew(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The edge moves to another address; the gateway is not told."""
+    if running.edge.ca is not None:
+        return  # names do not depend on TLS, and the certificate has no such name
+    port = running.edge.url.rpartition(":")[2]
+    address = "127.0.0.9"  # nobody listens there
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *more: Any, **named: Any) -> Any:
+        return real(address if host == "edge.example" else host, *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    agent = running.start(running.config(edges=[f"http://edge.example:{port}"], insecure=True))
+    await until(lambda: "refused" in status(agent).problem.lower(), "not there")
+    address = "127.0.0.1"
+    await until(lambda: running.edge.tunnels.candidates(SITE, SERVICE), "found at its new address")
+
+
+async def test_causes_that_alternate_are_logged_once(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    edge, port = running.edge, free_port()
+    answers = iter([b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n", b"SSH-2.0\r\n"] * 100)
+
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(next(answers))
+        writer.close()
+
+    server = await asyncio.start_server(client, "127.0.0.1", port)
+    running.start(running.config(edges=[f"http://127.0.0.1:{port}"], tunnels=1))
+    await until(lambda: said(caplog, "503") and said(caplog, "not HTTP"), "both causes")
+    await asyncio.sleep(0.3)
+    assert (len(said(caplog, "503")), len(said(caplog, "not HTTP"))) == (1, 1)
+    server.close()
+    assert edge.events == []

@@ -146,8 +146,9 @@ async def test_unknown_host(host: str) -> None:
     assert (await fault(f"http://{host}")).error_code == "edge_unknown_host"
 
 
-async def test_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dial, "CONNECT_TIMEOUT", 0.1)
+@pytest.mark.parametrize("limit", ["TCP_TIMEOUT", "CONNECT_TIMEOUT"])
+async def test_no_answer(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(dial, limit, 0.1)
     with socket.socket() as deaf:  # its queue is full: further connections hang
         deaf.bind(("127.0.0.1", 0))
         deaf.listen(0)

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import time
 import weakref
+from typing import Any, cast
 
 import pytest
 from support.tunnel import HEAD, NAME, SERVICE, SITE, TestEdge, TestGateway, until
@@ -437,3 +438,26 @@ async def test_nothing_is_left_behind(edge: TestEdge, gateway: TestGateway) -> N
         await until(lambda: sum(ref() is not None for ref in refs) <= 1, "the streams are gone")
     finally:
         gc.enable()
+
+
+async def test_a_fault_of_our_own_ends_the_tunnel(
+    edge: TestEdge, gateway: TestGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even one that comes again while the tunnel says goodbye: streams, owner and the other end hear of the end."""
+
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            raise ZeroDivisionError(name)
+
+    link = await gateway.join(edge)
+    (near,) = edge.tunnels._links
+    near._websocket = cast(Any, Broken())
+    stream = edge.tunnels.open(SITE, NAME, SERVICE, HEAD, fin=True)
+    with pytest.raises(StreamReset):
+        await asyncio.wait_for(stream.head(), 5)
+    assert near.end is not None
+    assert near.end.code is ErrorCode.INTERNAL_ERROR
+    await asyncio.wait_for(asyncio.shield(near.closed), 5)
+    await asyncio.wait_for(asyncio.shield(link.closed), 5)
+    assert edge.tunnels.status() == []
+    assert "a fault of our own" in caplog.text

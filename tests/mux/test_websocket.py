@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from guestpass_speedups.session import Budget, Session
 from guestpass_speedups.websocket import (
     NORMAL,
     PROTOCOL_ERROR,
@@ -51,6 +52,20 @@ def test_wrap_and_feed(size: int, client: bool) -> None:
         message = here.wrap(given_as)
         assert len(message) == size + (2 if size < 126 else 4 if size < 65536 else 10) + (4 if client else 0)
         assert there.feed(message) == payload
+
+
+@pytest.mark.parametrize("client", [False, True])
+def test_what_a_session_has_to_send_is_wrapped(client: bool) -> None:
+    sessions = [Session(not client, None, Budget(), now=0.0) for _ in range(2)]
+    here, there = WebSocket(client), WebSocket(not client)
+    assert here.wrap_output(sessions[0], 1 << 17, 0.0) == b""
+    for session in sessions:
+        session.send_hello(b'{"version":1}')
+        session.goaway(0)
+    message = here.wrap_output(sessions[0], 1 << 17, 0.0)
+    assert there.feed(message) == sessions[1].fill(1 << 17, 0.0)
+    assert sessions[0].bytes_out == sessions[1].bytes_out > 0
+    assert here.wrap_output(sessions[0], 1 << 17, 0.0) == b""
 
 
 def test_masking_keys_are_fresh() -> None:

@@ -135,7 +135,7 @@ def test_error_codes_are_the_ones_of_the_spec() -> None:
 
 
 def test_constants() -> None:
-    assert (FLOOR, MAX_WINDOW, MAX_STREAMS) == (32 * 1024, 6 * 1024 * 1024, 16_384)
+    assert (FLOOR, MAX_WINDOW, MAX_STREAMS) == (32 * 1024, 16 * 1024 * 1024, 16_384)
     assert HIGH_WATER > LOW_WATER > 0
     assert Budget().limit == FLOOR * MAX_STREAMS
 
@@ -909,7 +909,7 @@ class Link:
 
 def test_windows_double_while_they_limit_the_stream() -> None:
     link = Link(0.1)
-    while link.gateway.queued < 50 << 20:
+    while link.gateway.queued < 120 << 20:
         link.gateway.send(bytes(1 << 20))
     rates = [link.turn() for _ in range(14)]
     assert rates[:3] == [FLOOR, FLOOR * 2, FLOOR * 4]
@@ -926,6 +926,30 @@ def test_windows_do_not_grow_for_a_slow_reader() -> None:
     for _ in range(30):
         assert link.turn(consume_after=1.0) == FLOOR
     assert link.stream.window == FLOOR
+
+
+def test_windows_do_not_grow_by_the_queue_that_they_fill() -> None:
+    link = Link(0.01)
+    session = link.both.edge.session
+
+    def measure(times: int) -> None:
+        for _ in range(times):
+            link.now += 1.0
+            session.ping(link.now)
+            link.turn()
+
+    link.rtt = 0.1  # 90 ms of it are a queue, as far as this end can know
+    measure(7)
+    assert session.rtt > 0.05
+    while link.gateway.queued < 2 << 20:
+        link.gateway.send(bytes(1 << 20))
+    link.turn()  # a first epoch begins with its first byte, and all came at once
+    for _ in range(10):
+        link.turn()
+    assert link.stream.window == 2 * FLOOR
+    measure(1)  # the last 8 say the same: the way has become longer
+    link.turn()
+    assert link.stream.window > 2 * FLOOR
 
 
 def test_windows_do_not_grow_into_the_last_quarter_of_the_budget() -> None:

@@ -81,7 +81,9 @@ class TestEdge:
 
 
 @contextlib.asynccontextmanager
-async def edge(folder: Path, *, tls: bool, binding: bytes | None = b"own") -> AsyncIterator[TestEdge]:
+async def edge(
+    folder: Path, *, tls: bool, binding: bytes | None = b"own", host: str = "127.0.0.1"
+) -> AsyncIterator[TestEdge]:
     """`binding`: b"own" for the certificate's own hash, another value in its place, None to switch it off."""
     context = ca = None
     expected: bytes | None = b""
@@ -115,9 +117,9 @@ async def edge(folder: Path, *, tls: bool, binding: bytes | None = b"own") -> As
         on_event=events.append,
         touched=lambda site, name: touched.append((site, name)),
     )
-    server = await loops.create_server(lambda: Front(tunnels.accept), host="127.0.0.1", port=0, ssl=context)
+    server = await loops.create_server(lambda: Front(tunnels.accept), host=host, port=0, ssl=context)
     port = server.sockets[0].getsockname()[1]
-    url = f"https://localhost:{port}" if tls else f"http://127.0.0.1:{port}"
+    url = f"https://localhost:{port}" if tls else f"http://{host}:{port}"
     made = TestEdge(tunnels, url, ca, keys, events, touched, [server], budget, certificate=expected)
     try:
         yield made

@@ -140,6 +140,7 @@ class Edge:
             certificate_hash=self._binding,
             on_event=self.events.emit,
             touched=service.seen,
+            other_edges=edge.other_edges,
         )
         self.pages = Pages(self.origins)
         self.admission = Admission(
@@ -218,6 +219,8 @@ class Edge:
         self._draining = True
         for listener in self._listeners:
             listener.close()
+        self.relay.leaving = True
+        self.tunnels.leave()
         seconds = self.config.edge.drain_seconds
         deadline = time.monotonic() + seconds
         while self.grants.all_streams and time.monotonic() < deadline:
@@ -225,6 +228,7 @@ class Edge:
         left = self.grants.end_all("edge_stopping", tails=False)
         if left:
             log.info("drain: %d streams were still open after %g s", left, seconds)
+        await self.tunnels.drain(max(deadline - time.monotonic(), 0.0))
 
     async def stop(self) -> None:
         """Undo `start` in reverse order. Never raises."""

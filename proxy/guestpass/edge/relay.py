@@ -56,7 +56,7 @@ log = logging.getLogger("guestpass.edge.relay")
 # answers within a minute or two; reports that are computed on request take longer.
 RESPONSE_TIMEOUT = 300.0
 
-# A request may be offered to so many gateways before the visitor is told.
+# A request may be sent so often before the visitor is told.
 MAX_ATTEMPTS = 3
 
 # A request whose grant was dropped while the filters looked at it is admitted anew so often.
@@ -88,9 +88,8 @@ STATUS_OF_RESET: dict[int, int] = {
     ErrorCode.OVERLOADED: 503,
 }
 
-# Codes that say the gateway or its tunnel went away before the request had any effect. Not TIMEOUT: that is our own
-# (a tunnel that is dead is found out in seconds), and the application is still at work on the request.
-GATEWAY_WENT: frozenset[int] = frozenset((ErrorCode.DRAINING, ErrorCode.REPLACED, ErrorCode.INTERNAL_ERROR))
+# What streams get when their tunnel goes: lost, drained, or taken by a newer process of the gateway.
+TUNNEL_WENT: frozenset[int] = frozenset((ErrorCode.UNREACHABLE, ErrorCode.DRAINING, ErrorCode.REPLACED))
 
 
 class RelayResponse(web.StreamResponse):
@@ -209,6 +208,8 @@ class Relay:
         self._metrics = metrics
         self._share_origin = share_origin
         self._now = now
+        self.leaving = False
+        """The edge is being drained: no connection is kept for another request."""
 
     async def handle(self, request: web.Request, share_id: str) -> web.StreamResponse:
         """Answer one request on the origin of `share_id`. `request[CLIENT]` is set."""
@@ -393,14 +394,26 @@ class Relay:
             except StreamReset as exc:
                 stream = live.stream
                 assert stream is not None
-                untouched = not stream.acknowledged and bodiless and request.method in h.IDEMPOTENT_METHODS
-                connected = self._tunnels.is_connected(grant.site, gateway)
-                if untouched and attempt < MAX_ATTEMPTS and (not connected or exc.code in GATEWAY_WENT):
-                    tried.add(gateway)
-                    continue
-                status = STATUS_OF_RESET.get(exc.code, 502)
-                return self._problem(request, status, f"{grant.site}/{gateway}/{grant.service}: {exc}")
+                tried.add(gateway)
+                if attempt == MAX_ATTEMPTS or not (
+                    bodiless and self._may_repeat(grant, request.method, stream, exc.code, tried)
+                ):
+                    status = STATUS_OF_RESET.get(exc.code, 502)
+                    return self._problem(request, status, f"{grant.site}/{gateway}/{grant.service}: {exc}")
         raise AssertionError("the last attempt returns")
+
+    def _may_repeat(
+        self, grant: Grant, method: str, stream: TunnelStream, code: int, tried: set[str]
+    ) -> bool:
+        """Whether a request without a body, whose stream was reset before a response came, may go out again."""
+        if stream.acknowledged:
+            # The gateway lives. That it could not reach the service did not touch the service; another one may.
+            return code == ErrorCode.UNREACHABLE and any(
+                candidate.name not in tried
+                for candidate in self._tunnels.candidates(grant.site, grant.service)
+            )
+        # The tunnel was lost, or drained, and nobody knows how far the request had come.
+        return code in TUNNEL_WENT and method in h.IDEMPOTENT_METHODS
 
     async def _gateway(self, grant: Grant, tried: set[str]) -> str:
         """The session's gateway; chosen anew when that one is gone, unwell or was tried. Raises NoGateway."""
@@ -411,7 +424,15 @@ class Relay:
                 name in well or not well
             ):  # when nobody's service is well, let the gateway say what is wrong with it
                 return name
-        chosen = await self._admission.choose_gateway(grant.share, grant.session, exclude=frozenset(tried))
+        try:
+            chosen = await self._admission.choose_gateway(
+                grant.share, grant.session, exclude=frozenset(tried)
+            )
+        except NoGateway:
+            if not tried:
+                raise
+            # No other one; but one that lost a tunnel may have another, or be back.
+            chosen = await self._admission.choose_gateway(grant.share, grant.session)
         self._grants.move(grant, chosen)
         return chosen
 
@@ -439,7 +460,11 @@ class Relay:
                 return await _serve_upgraded(request, stream, head)
             complete = pump is None or pump.done()
             return await self._respond(
-                request, stream, head, fin=fin, keep_alive=request.keep_alive and complete
+                request,
+                stream,
+                head,
+                fin=fin,
+                keep_alive=request.keep_alive and complete and not self.leaving,
             )
         except h.BadResponse as exc:
             stream.reset(ErrorCode.PROTOCOL_ERROR)

@@ -40,6 +40,15 @@ MAX_UNPROVEN_PER_ADDRESS = 64
 # What they are told to wait, in seconds; a gateway has its own back-off.
 RETRY_AFTER = 1
 
+# When an edge goes away, all of its gateways want to come back in the same moment. Those of a large edge are told over
+# how many seconds to spread: at this many tunnels a second they are through without a queue, and none waits longer than
+# SPREAD_MOST. Below SPREAD_LEAST (50 tunnels) nothing is said and all come back at once. They are told anew when the
+# number has changed by a quarter.
+SPREAD_RATE = 50
+SPREAD_LEAST = 1.0
+SPREAD_MOST = 20.0
+SPREAD_CHANGE = 1.25
+
 # How often "last seen" of a connected gateway is written down, seconds.
 TOUCH_INTERVAL = 60.0
 
@@ -86,7 +95,7 @@ class _Registered:
         """Links that take new streams, best first."""
         links = [link for link in self.links if not link.draining]
         if len(links) > 1:
-            links.sort(key=lambda link: (link.session.retiring, link.session.streams))
+            links.sort(key=lambda link: (link.asked_to_leave, link.session.retiring, link.session.streams))
         return links
 
 
@@ -122,6 +131,7 @@ class Tunnels:
         self._unproven_by_address: Counter[str] = Counter()
         self._judged: dict[EdgeLink, tuple[str, str]] = {}
         self._links: set[EdgeLink] = set()
+        self._spread = 0.0
         self._ended: set[asyncio.Future[None]] = set()
         self._bytes_received = 0
         self._bytes_sent = 0
@@ -229,12 +239,30 @@ class Tunnels:
             gateways[peer.name] = current
         current.links.append(link)
         self._take_info(current, link)
+        self._say_spread(link)
         if new:
             log.info("gateway %s/%s connected from %s", peer.site, peer.name, link.remote)
             self._emit("gateway.connected", peer.site, peer.name, replaced=replaced, software=peer.software)
             self._touched(peer.site, peer.name)
             if self._touch_timer is None:
                 self._touch_timer = asyncio.get_running_loop().call_later(TOUCH_INTERVAL, self._touch_all)
+
+    def _say_spread(self, link: EdgeLink) -> None:
+        """Tell a new tunnel, and all of them if their number has become another."""
+        spread = min(len(self._links) / SPREAD_RATE, SPREAD_MOST)
+        if spread < SPREAD_LEAST:
+            spread = 0.0
+        told = self._spread
+        if spread != told and not told / SPREAD_CHANGE < spread < told * SPREAD_CHANGE:
+            self._spread = spread
+            for other in self._links:
+                if other.ready and not other.asked_to_leave:
+                    other.send_info(self._info())
+        elif self._spread:
+            link.send_info(self._info())
+
+    def _info(self, *, drain: bool = False) -> dict[str, Any]:
+        return {"edges": self._other_edges, "drain": drain, "spread": round(self._spread, 1)}
 
     def link_info(self, link: EdgeLink, fields: Mapping[str, Any]) -> None:
         registered = self._registered(link)
@@ -265,6 +293,13 @@ class Tunnels:
         self._bytes_sent += link.bytes_sent
         registered = self._registered(link)
         if registered is None:
+            if not link.ready and link.goaway is not None:
+                log.info(
+                    "the gateway at %s gave up before it was let in: %s (%s)",
+                    link.remote,
+                    end.reason,
+                    link.goaway.name,
+                )
             return
         registered.links.remove(link)
         if registered.links:
@@ -273,7 +308,13 @@ class Tunnels:
         del gateways[registered.name]
         if not gateways:
             del self._sites[registered.site]
-        log.info("gateway %s/%s is gone: %s", registered.site, registered.name, end.reason)
+        log.info(
+            "gateway %s/%s is gone: %s (%s)",
+            registered.site,
+            registered.name,
+            end.reason,
+            end.code.name,
+        )
         self._emit("gateway.disconnected", registered.site, registered.name, reason=end.code.name.lower())
         self._touched(registered.site, registered.name)
         for callback in tuple(self.on_gone):
@@ -344,7 +385,7 @@ class Tunnels:
     def _ask_to_leave(self, link: EdgeLink) -> None:
         if not link.asked_to_leave:
             link.asked_to_leave = True
-            link.send_info({"edges": self._other_edges, "drain": True})
+            link.send_info(self._info(drain=True))
 
     def status(self) -> list[GatewayStatus]:
         """Every connected gateway."""
@@ -394,14 +435,17 @@ class Tunnels:
             link.finish(ErrorCode.AUTH_FAILED, "the gateway was removed")
         return streams
 
-    async def drain(self, seconds: float) -> None:
-        """Have gateways leave, let live streams end for at most `seconds`, close. New tunnels get 503."""
+    def leave(self) -> None:
+        """Ask every gateway to bring up other tunnels, at another edge; these live on. New tunnels get 503."""
         self._closing = True
-        links = list(self._links)
-        for link in links:
+        for link in self._links:
             if link.ready:
                 self._ask_to_leave(link)
-        await asyncio.gather(*(link.drain(seconds) for link in links))
+
+    async def drain(self, seconds: float) -> None:
+        """Have gateways leave, let live streams end for at most `seconds`, close."""
+        self.leave()
+        await asyncio.gather(*(link.drain(seconds) for link in list(self._links)))
         self.close()
         await self.wait_closed()
 

@@ -3,11 +3,12 @@
 For each edge of the configuration it keeps `tunnels` tunnels, each by a loop of its own:
 
     connect ─▶ serve until it ends or must be replaced ─▶ connect again, at once the first time, then after a random
-                                                          part of a growing time (full jitter), 20 s at most
+                                                          part of a growing time (full jitter)
 
-An edge that refuses (this key is not enrolled, another process has it) is asked less often, but never given up. A
-tunnel that its edge wants to drain is replaced first and lives on until its streams have ended. What is logged are
-changes of an edge's state, never tries.
+An edge that refuses (this key is not enrolled, another process has it) is asked less often, but never given up. An
+edge with many gateways names a time over which they are to spread when it goes away, so that they do not all come back
+in the same second. A tunnel that its edge wants to be left is replaced first (by one to another edge, if it names one)
+and lives on until its streams have ended. What is logged are changes of an edge's state, never tries.
 
 The services and their health are one for all tunnels: see `upstream` and `health`.
 """
@@ -15,6 +16,7 @@ The services and their health are one for all tunnels: see `upstream` and `healt
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -35,9 +37,14 @@ from guestpass_speedups.session import Budget, ErrorCode
 log = logging.getLogger("guestpass.gateway")
 
 # Reconnecting: the first try is at once, then full jitter over a time that doubles from BACKOFF_FIRST to BACKOFF_MOST.
-# A thousand gateways that lost the same edge spread out within two tries, and nobody waits more than 20 s.
+# Between two tries are 3 s at most, and a try that hangs is given up after 4 s (`dial.TCP_TIMEOUT`), its last SYN sent
+# 1 s before that: a link that comes back is used within 5 s.
 BACKOFF_FIRST = 0.5
-BACKOFF_MOST = 20.0
+BACKOFF_MOST = 3.0
+
+# An edge that has many gateways names a time over which they are to spread (SPEC.md, chapter 8): the first try is then
+# after a random part of it, the second one after half of it, none later than this.
+SPREAD_MOST = 20.0
 
 # After a refusal somebody has to do something, and may do it at any time.
 REFUSED_FIRST = 5.0
@@ -103,7 +110,7 @@ class Agent:
         self._budget = budget or Budget()
         self._epoch = time.time_ns()
         self._upstream = Upstream(config.services, on_health=self._announce, resolve=config.resolve)
-        self._edges = {url: _EdgeKeeper(self, url, self._edge(config, url)) for url in config.gateway.edges}
+        self._edges = {url: _EdgeKeeper(self, url, self.edge_at(url)) for url in config.gateway.edges}
         self._leaving: set[asyncio.Task[None]] = set()
         self._running = False
 
@@ -132,7 +139,7 @@ class Agent:
                     f'{config.file}: the change needs a restart (key "gateway.{key}")',
                     hint="Restart this gateway.",
                 )
-        edges = {url: self._edge(config, url) for url in new.edges}
+        edges = {url: self.edge_at(url, config) for url in new.edges}
         self._upstream.configure(config.services, config.resolve)
         self._config = config
         if not self._running:
@@ -147,12 +154,6 @@ class Agent:
             keeper.start(new.tunnels)
         self._announce()
 
-    @staticmethod
-    def _edge(config: GatewayConfig, url: str) -> dial.Edge:
-        gateway = config.gateway
-        ca = config.resolve(gateway.ca) if gateway.ca is not None else None
-        return dial.edge_at(url, ca=ca, http_proxy=gateway.http_proxy)
-
     def status(self) -> AgentStatus:
         return AgentStatus(
             self._config.gateway.site,
@@ -164,19 +165,30 @@ class Agent:
 
     # ── for the edges' keepers ───────────────────────────────────────────────────────────────────────────────────
 
-    def make_link(self, keeper: _EdgeKeeper) -> GatewayLink:
+    def edge_at(self, url: str, config: GatewayConfig | None = None) -> dial.Edge:
+        """How to get to an edge, by the settings. Raises ConfigError."""
+        config = config or self._config
+        gateway = config.gateway
+        ca = config.resolve(gateway.ca) if gateway.ca is not None else None
+        return dial.edge_at(url, ca=ca, http_proxy=gateway.http_proxy)
+
+    def make_link(self, keeper: _EdgeKeeper, edge: dial.Edge) -> GatewayLink:
         gateway = self._config.gateway
         return GatewayLink(
             keeper,
             budget=self._budget,
             hello=Hello(role="gateway", epoch=self._epoch),
-            host=keeper.edge.authority,
+            host=edge.authority,
             site=gateway.site,
             name=gateway.name,
             key=self._key,
             serve=self._upstream.serve,
             edge_name=gateway.edge_name,
         )
+
+    def keeps(self, url: str) -> bool:
+        """Whether there are tunnels of their own to that edge."""
+        return url in self._edges
 
     def let_in(self) -> None:
         if self._on_ready is not None:
@@ -229,9 +241,11 @@ class _EdgeKeeper:
         self._agent = agent
         self._tasks: list[asyncio.Task[None]] = []
         self._links: set[GatewayLink] = set()
-        self._retired: set[asyncio.Task[None]] = set()
+        self._retired: dict[GatewayLink, asyncio.Task[None]] = {}
         self._changed: dict[GatewayLink, asyncio.Event] = {}
         self._stopping = False
+        self._spread = 0.0
+        self._said: set[str] = set()
         self._state = EdgeState.CONNECTING
         self._since = time.time()
         self._problem = ""
@@ -252,7 +266,7 @@ class _EdgeKeeper:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
-        for task in list(self._retired):
+        for task in list(self._retired.values()):
             task.cancel()
         await asyncio.gather(*(link.drain(seconds) for link in list(self._links)))
 
@@ -262,11 +276,11 @@ class _EdgeKeeper:
 
     def announce(self, info: Mapping[str, Any]) -> None:
         for link in self._links:
-            if link.ready and link.end is None:
+            if link.usable:
                 link.send_info(info)
 
     def status(self) -> EdgeStatus:
-        ready = [link for link in self._links if link.ready and link.end is None]
+        ready = [link for link in self._links if link.usable]
         return EdgeStatus(
             url=self.url,
             state=self._state,
@@ -283,76 +297,119 @@ class _EdgeKeeper:
     async def _keep(self) -> None:
         """Keep one tunnel up until cancelled."""
         failures = refusals = 0
-        while True:
-            began = time.monotonic()
-            problem: GuestpassError | None
-            try:
-                problem = await self._one_tunnel()
-            except Exception as exc:  # a loop that ended would be a tunnel that is never renewed
-                log.exception("a fault in the tunnel to %s", self.url)
-                problem = EdgeUnreachable(
-                    f"{self.url}: a fault of this gateway: {exc}", code="internal_error"
-                )
-            if isinstance(problem, TunnelRefused):
-                refusals += 1
-                self._note(EdgeState.REFUSED, problem)
-                await _pause(REFUSED_FIRST, REFUSED_MOST, refusals)
-                continue
-            refusals = 0
-            failures = 0 if time.monotonic() - began > GOOD_AFTER else failures + 1
-            if problem is not None:
-                self._note(EdgeState.LOST, problem)
-            if failures:
-                await _pause(BACKOFF_FIRST, BACKOFF_MOST, failures)
+        leaving: GatewayLink | None = None  # its edge wants to be left; serves on until there is another
+        try:
+            while True:
+                began = time.monotonic()
+                problem: GuestpassError | None
+                try:
+                    leaving, problem = await self._one_tunnel(leaving)
+                except Exception as exc:  # a loop that ended would be a tunnel that is never renewed
+                    log.exception("a fault in the tunnel to %s", self.url)
+                    problem = EdgeUnreachable(
+                        f"{self.url}: a fault of this gateway: {exc}", code="internal_error"
+                    )
+                if isinstance(problem, TunnelRefused):
+                    refusals += 1
+                    self._note(EdgeState.REFUSED, problem)
+                    await _pause(REFUSED_FIRST, REFUSED_MOST, refusals)
+                    continue
+                refusals = 0
+                failures = 0 if time.monotonic() - began > GOOD_AFTER else failures + 1
+                if problem is not None:
+                    self._note(EdgeState.LOST, problem)
+                await self._before_another(failures, leaving)
+        finally:
+            self._retire(leaving)
 
-    async def _one_tunnel(self) -> GuestpassError | None:
-        """Connect and serve; returns why it is over, None if it is to be replaced."""
+    async def _before_another(self, failures: int, leaving: GatewayLink | None) -> None:
+        """The pause before another tunnel: none the first time, unless many gateways lose this edge."""
+        spread = self._spread
+        if failures:
+            await _pause(max(BACKOFF_FIRST, spread / 2), max(BACKOFF_MOST, spread), failures)
+        elif spread and (leaving is not None or not any(link.usable for link in self._links)):
+            await asyncio.sleep(random.uniform(0, spread))
+
+    async def _one_tunnel(
+        self, leaving: GatewayLink | None
+    ) -> tuple[GatewayLink | None, GuestpassError | None]:
+        """Connect and serve; returns why it is over, or the tunnel that is to be replaced.
+
+        `leaving` goes when the new tunnel stands, not before."""
         link: GatewayLink | None = None
+        edge = self._elsewhere(leaving) or self.edge
 
         def make() -> GatewayLink:
             nonlocal link
-            link = self._agent.make_link(self)
+            link = self._agent.make_link(self, edge)
             self._changed[link] = asyncio.Event()
             return link
 
         try:
-            await dial.connect(self.edge, make)
+            await dial.connect(edge, make)
         except EdgeUnreachable as exc:
             if link is not None:
                 self._changed.pop(link, None)
-            return exc
+            return leaving, exc
         assert link is not None
         if link.end is None:
             self._links.add(link)
         changed = self._changed.get(link) or asyncio.Event()
         try:
             while link.end is None and not (link.ready and link.replace):
+                if link.ready and leaving is not None:
+                    self._retire(leaving)
+                    leaving = None
                 await changed.wait()
                 changed.clear()
         except asyncio.CancelledError:
             if not link.ready:
                 link.abort()
-            elif not self._stopping:  # fewer tunnels are wanted
-                self._retire(link)
+            self._retire(link)
             raise
         if link.end is None:
-            self._retire(link)
-            return None
+            self._retire(leaving)
+            return link, None
         await asyncio.wait((link.closed,), timeout=1)
-        return self._why(link, link.end)
+        return leaving, self._why(link, link.end)
 
-    def _retire(self, link: GatewayLink) -> None:
-        """The edge wants this tunnel to end; its streams may, its place is taken by another."""
+    def _elsewhere(self, leaving: GatewayLink | None) -> dial.Edge | None:
+        """One of the edges that the edge to be left has named, each tried once. An edge that was reached by https
+        names only such, and an edge that has tunnels of its own here needs no more of them."""
+        if leaving is None:
+            return None
+        found = []
+        for url in leaving.edges:
+            with contextlib.suppress(ConfigError, ValueError):
+                edge = self._agent.edge_at(url)
+                if not self._agent.keeps(url) and (edge.tls is not None or self.edge.tls is None):
+                    found.append(edge)
+        if not found:
+            return None
+        chosen = random.choice(found)
+        leaving.edges = tuple(url for url in leaving.edges if url != chosen.url)
+        return chosen
+
+    def _retire(self, link: GatewayLink | None) -> None:
+        """This tunnel is not needed any more (its place is taken, or fewer are wanted); its streams may end."""
+        if link is None or link.end is not None or link in self._retired or self._stopping:
+            return
         task = asyncio.get_running_loop().create_task(link.drain(REPLACED_GRACE))
-        self._retired.add(task)
-        task.add_done_callback(self._retired.discard)
+        self._retired[link] = task
+        task.add_done_callback(lambda _: self._retired.pop(link, None))
 
     def _why(self, link: GatewayLink, end: End) -> GuestpassError:
-        if end.verdict is not None:
+        if end.verdict is not None and end.verdict.code != "unavailable":
             return TunnelRefused(
                 f"{self.url} refused this gateway: {end.reason}",
                 hint=_VERDICT_HINTS.get(end.verdict.code, ""),
                 code=end.verdict.code,
+            )
+        if end.verdict is not None:  # nobody has to do anything at this end
+            return EdgeUnreachable(
+                f"{self.url} cannot let this gateway in: {end.reason}",
+                hint="The edge's log says why.",
+                code="unavailable",
             )
         goaway = link.goaway
         if ErrorCode.REPLACED in (end.code, goaway):
@@ -372,18 +429,22 @@ class _EdgeKeeper:
                 f"{self.url}: {end.reason}", hint=_status_hint(end.status), code="upgrade_refused"
             )
         what = "the tunnel was lost" if link.ready else "no tunnel"
-        said = f" ({goaway.name})" if goaway is not None and goaway is not ErrorCode.NO_ERROR else ""
+        code = goaway if goaway is not None else end.code
+        said = f" ({code.name})" if code is not ErrorCode.NO_ERROR else ""
         return EdgeUnreachable(f"{self.url}: {what}: {end.reason}{said}", code="tunnel_lost")
 
     # ── Owner ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def link_ready(self, link: GatewayLink) -> None:
         link.send_info(self._agent.info())
+        self._spread = 0.0
         self._note(EdgeState.CONNECTED, None)
         self._agent.let_in()
         self._wake(link)
 
     def link_info(self, link: GatewayLink, fields: Mapping[str, Any]) -> None:
+        if "spread" in fields:
+            self._spread = min(link.spread, SPREAD_MOST)
         self._wake(link)
 
     def link_ended(self, link: GatewayLink, end: End) -> None:
@@ -400,19 +461,24 @@ class _EdgeKeeper:
 
     def _note(self, state: EdgeState, problem: GuestpassError | None) -> None:
         """Log a change of the edge's state. One of several tunnels lost or refused is no change."""
-        if state is not EdgeState.CONNECTED and any(link.ready and link.end is None for link in self._links):
+        if state is not EdgeState.CONNECTED and any(link.usable for link in self._links):
             return
         words, hint = (problem.message, problem.hint) if problem is not None else ("", "")
         before = self._state
-        same = state is before and (problem is None or _kind(words) == _kind(self._problem))
         self._problem, self._hint = words, hint
-        if same:
-            return
-        self._state, self._since = state, time.time()
+        if state is not before:
+            self._state, self._since = state, time.time()
         if state is EdgeState.CONNECTED:
-            again = before in (EdgeState.LOST, EdgeState.REFUSED)
-            log.info("connected to edge %s%s", self.url, " again" if again else "")
+            self._said.clear()
+            if before is not state:
+                again = before in (EdgeState.LOST, EdgeState.REFUSED)
+                log.info("connected to edge %s%s", self.url, " again" if again else "")
             return
+        if (
+            _kind(words) in self._said
+        ):  # said since the last tunnel; one of two causes in turn is no news either
+            return
+        self._said.add(_kind(words))
         code = problem.error_code if problem is not None else ""
         log.warning("%s (%s)%s", words, code, f" — {hint}" if hint else "")
 
@@ -427,7 +493,6 @@ _VERDICT_HINTS = {
     "bad_signature": "Both ends must be of versions that fit, and nothing may change what is sent between them.",
     "wrong_certificate": "If a proxy is to end TLS before the edge, edge.toml's tunnel_certificate_hash names its own.",
     "stale_epoch": "Is this gateway running twice, perhaps on a copy of this machine? Enrol one of them anew.",
-    "unavailable": "The edge's log says why.",
 }
 
 

@@ -36,12 +36,17 @@ ProtocolT = TypeVar("ProtocolT", bound=asyncio.BaseProtocol)
 # From the first packet to the TLS handshake's end. A gateway tries again soon, so there is nothing to win by waiting.
 CONNECT_TIMEOUT = 15.0
 
+# Until TCP is connected. SYNs leave at 0, 1, 3 and 7 s: when the way is blocked and opens again, a new try is sooner
+# there than the fourth SYN of an old one.
+TCP_TIMEOUT = 4.0
+
 # RFC 8305 section 5: head start of one address before the next one is tried beside it.
 HAPPY_EYEBALLS_DELAY = 0.25
 
 # A proxy's answer to CONNECT.
 MAX_PROXY_HEAD = 16 * 1024
 
+TIMEOUT_HINT = "Is its address right, and does a firewall let this machine out to that port?"
 CLOCK_HINT = "Check this machine's clock; if it is right, the edge's certificate needs renewing."
 
 # X509_V_ERR_* of OpenSSL's x509_vfy.h.
@@ -169,8 +174,7 @@ async def connect(edge: Edge, factory: Callable[[], ProtocolT]) -> tuple[asyncio
                 raise
     except TimeoutError as exc:
         raise EdgeUnreachable(
-            f"{edge.url}: no connection within {CONNECT_TIMEOUT:.0f} s",
-            hint="Is its address right, and does a firewall let this machine out to that port?",
+            f"{edge.url}: no connection within {CONNECT_TIMEOUT:g} s", hint=TIMEOUT_HINT
         ) from exc
     except OSError as exc:
         raise translate(exc, edge) from exc
@@ -179,10 +183,15 @@ async def connect(edge: Edge, factory: Callable[[], ProtocolT]) -> tuple[asyncio
 async def _open_socket(edge: Edge) -> socket.socket:
     proxy = edge.proxy
     if proxy is None:
-        return await connect_tcp(edge.host, edge.port)
+        try:
+            return await connect_tcp(edge.host, edge.port, seconds=TCP_TIMEOUT)
+        except TimeoutError as exc:
+            raise EdgeUnreachable(
+                f"{edge.url}: no connection within {TCP_TIMEOUT:g} s", hint=TIMEOUT_HINT
+            ) from exc
     try:
-        sock = await connect_tcp(proxy.host, proxy.port)
-    except OSError as exc:
+        sock = await connect_tcp(proxy.host, proxy.port, seconds=TCP_TIMEOUT)
+    except OSError as exc:  # TimeoutError is one
         raise EdgeUnreachable(
             f"{edge.url}: the HTTP proxy {proxy.authority} cannot be reached: {describe(exc)}",
             hint="Check http_proxy in gateway.toml, or HTTPS_PROXY and NO_PROXY.",
@@ -195,8 +204,9 @@ async def _open_socket(edge: Edge) -> socket.socket:
     return sock
 
 
-async def connect_tcp(host: str, port: int) -> socket.socket:
-    """Tries IPv6 and IPv4 as RFC 8305 says. Raises OSError."""
+async def connect_tcp(host: str, port: int, *, seconds: float | None = None) -> socket.socket:
+    """Resolves the name, anew each time, and tries IPv6 and IPv4 as RFC 8305 says, for `seconds` once the name is
+    resolved. Raises OSError (TimeoutError is one)."""
     loop = asyncio.get_running_loop()
     infos: Sequence[AddrInfoType]
     if host == "localhost" or host.endswith(".localhost"):
@@ -209,12 +219,13 @@ async def connect_tcp(host: str, port: int) -> socket.socket:
             infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except UnicodeError as exc:  # an empty label, or one of more than 63 letters
             raise socket.gaierror(socket.EAI_NONAME, "it is not a host name") from exc
-    return await aiohappyeyeballs.start_connection(
-        infos,
-        happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY,
-        interleave=1,
-        loop=loop,
-    )
+    async with asyncio.timeout(seconds):
+        return await aiohappyeyeballs.start_connection(
+            infos,
+            happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY,
+            interleave=1,
+            loop=loop,
+        )
 
 
 def _is_address(host: str) -> bool:

@@ -1,7 +1,7 @@
 """A tunnel over a socket: WebSocket framing outside, `Session` inside, asyncio around.
 
     transport ─▶ get_buffer / buffer_updated ─▶ WebSocket.feed_into ─▶ Session.receive ─▶ TunnelStream
-    transport ◀─ one write per loop turn ◀────── WebSocket.wrap ◀───── Session.fill ◀──── TunnelStream
+    transport ◀─ one write per loop turn ◀─── WebSocket.wrap_output ◀─ Session.fill ◀──── TunnelStream
 
 Rules that everything here follows:
 
@@ -29,21 +29,26 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import orjson
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from guestpass.loop import abort_now
 from guestpass.mux import handshake
 from guestpass.mux.handshake import HandshakeError, Hello, Proof, UpgradeRefused, Verdict
 from guestpass.mux.stream import StreamReset, TunnelStream
 from guestpass_speedups.session import Budget, ErrorCode, Session, Stream, TunnelError
 from guestpass_speedups.websocket import GOING_AWAY, NORMAL, WebSocket, WebSocketError
 
+if TYPE_CHECKING:
+    from guestpass_speedups.session import SessionHandler
+
 log = logging.getLogger("guestpass.tunnel")
 
 # What one read may bring. All tunnels of a thread share the buffer: it is emptied before the loop's next callback.
-READ_BUFFER = 256 * 1024
+# It stays in the processor's cache: with 256 KiB the kernel's copying takes twice as long.
+READ_BUFFER = 64 * 1024
 
 # Bytes of frames written per turn of the loop: enough to make system calls cheap, little enough that what becomes
 # urgent meanwhile (a reset, a small response) waits behind no more than a millisecond of 1 Gbit/s.
@@ -52,6 +57,9 @@ FILL = 128 * 1024
 # Water marks of the transport. uvloop's defaults for TLS let 576 KiB pile up, and urgent frames would stand behind it.
 WRITE_HIGH = 128 * 1024
 WRITE_LOW = 32 * 1024
+
+# Unsent bytes in the kernel's buffer. Its own bound is megabytes, and a small frame would stand behind them.
+NOTSENT_LOWAT = 128 * 1024
 
 # The session looks at its clocks so often.
 TICK = 1.0
@@ -68,6 +76,10 @@ TCP_USER_TIMEOUT_MS = 10_000
 
 # After the close frame, what is queued has so long to leave.
 CLOSE_TIMEOUT = 5.0
+
+# The same when the other end has fallen silent. Then a reset cuts the connection: if it is deaf in one direction only,
+# a GOAWAY may be stuck behind segments whose acknowledgements are lost, and a reset is not.
+SILENT_CLOSE_TIMEOUT = 0.25
 
 # Drain: how often the number of live streams is looked at.
 DRAIN_POLL = 0.05
@@ -142,6 +154,8 @@ class Link(asyncio.BufferedProtocol):
         self.ready = False
         self.since = time.time()
         self.end: End | None = None
+        self.goaway: ErrorCode | None = None
+        """Code of the other end's GOAWAY."""
         self.closed: asyncio.Future[None] = self._loop.create_future()
         """Done when the connection is gone."""
         self.bytes_received = 0
@@ -160,6 +174,9 @@ class Link(asyncio.BufferedProtocol):
         self._progress = 0
         self._progress_at = 0.0
 
+    def _new_session(self, handler: SessionHandler, budget: Budget, **limits: Any) -> Session:
+        return Session(self._edge, handler, budget, **limits)
+
     # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
@@ -171,6 +188,11 @@ class Link(asyncio.BufferedProtocol):
     def draining(self) -> bool:
         """Opens no more streams."""
         return self.end is not None or self.session.draining
+
+    @property
+    def usable(self) -> bool:
+        """Let in, and alive as far as anybody knows."""
+        return self.ready and self.end is None
 
     @property
     def remote(self) -> str:
@@ -185,8 +207,9 @@ class Link(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         now = time.monotonic()
-        limits = {"max_streams": self._hello.max_streams, "floor": self._hello.floor}
-        self.session = Session(self._edge, self, self._budget, now=now, **limits)
+        self.session = self._new_session(
+            self, self._budget, now=now, max_streams=self._hello.max_streams, floor=self._hello.floor
+        )
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH, low=WRITE_LOW)
         _tune(self._transport)
@@ -246,7 +269,8 @@ class Link(asyncio.BufferedProtocol):
         if replies and self._transport is not None:
             self._transport.write(replies)
         if self._websocket.close_code is not None:
-            self._end(End(ErrorCode.NO_ERROR, "the other end closed the tunnel", by_peer=True))
+            code = self.goaway if self.goaway is not None else ErrorCode.NO_ERROR
+            self._end(End(code, "the other end closed the tunnel", by_peer=True))
 
     # ── out ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -260,17 +284,24 @@ class Link(asyncio.BufferedProtocol):
         transport = self._transport
         if self._paused or transport is None or self.end is not None:
             return
-        frames = self.session.fill(FILL, time.monotonic())
-        if frames:
-            self._write(transport, frames)
-            if self.session.has_output and not self._paused:
-                self.output_ready()
+        try:
+            written = self._write_frames(transport)
+        except Exception:
+            log.exception("tunnel with %s: a fault of our own", self._who())
+            self._fail(ErrorCode.INTERNAL_ERROR, "a fault of our own")
+            return
+        if written and self.session.has_output and not self._paused:
+            self.output_ready()
 
-    def _write(self, transport: asyncio.Transport, frames: bytes) -> None:
-        self.bytes_sent += len(frames)
-        message = self._websocket.wrap(frames)
+    def _write_frames(self, transport: asyncio.Transport) -> bool:
+        """Whether there were any."""
+        message = self._websocket.wrap_output(self.session, FILL, time.monotonic())
+        if not message:
+            return False
+        self.bytes_sent = self.session.bytes_out
         self._written += len(message)
         transport.write(message)
+        return True
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -327,20 +358,30 @@ class Link(asyncio.BufferedProtocol):
             return
         transport = self._transport
         if transport is not None and not transport.is_closing():
-            if not end.by_peer:
-                self.session.goaway(end.code)
-                frames = self.session.fill(FILL, time.monotonic())
-                if frames:
-                    self._write(transport, frames)
-            if close_code is None:
-                close_code = NORMAL if end.code in (ErrorCode.NO_ERROR, ErrorCode.DRAINING) else GOING_AWAY
-            frame = self._websocket.close(close_code)
-            if frame:
-                transport.write(frame)
+            try:
+                self._say_goodbye(transport, end, close_code)
+            except (
+                Exception
+            ):  # whatever is wrong, the tunnel ends, and everybody who waits for it hears of that
+                log.exception("tunnel with %s: a fault of our own at its end", self._who())
+                transport.abort()
         self._note_end(end)
         if transport is not None:
             transport.close()
-            self._deadline = self._loop.call_later(CLOSE_TIMEOUT, transport.abort)
+            if end.code is ErrorCode.TIMEOUT and not end.by_peer:
+                self._deadline = self._loop.call_later(SILENT_CLOSE_TIMEOUT, abort_now, transport)
+            else:
+                self._deadline = self._loop.call_later(CLOSE_TIMEOUT, transport.abort)
+
+    def _say_goodbye(self, transport: asyncio.Transport, end: End, close_code: int | None) -> None:
+        if not end.by_peer:
+            self.session.goaway(end.code)
+            self._write_frames(transport)
+        if close_code is None:
+            close_code = NORMAL if end.code in (ErrorCode.NO_ERROR, ErrorCode.DRAINING) else GOING_AWAY
+        frame = self._websocket.close(close_code)
+        if frame:
+            transport.write(frame)
 
     def _note_end(self, end: End) -> None:
         self.end = end
@@ -415,6 +456,10 @@ class Link(asyncio.BufferedProtocol):
 
     def goaway_received(self, last_stream: int, code: int) -> None:
         """The session opens no more streams by itself; the other end closes when it is done."""
+        try:
+            self.goaway = ErrorCode(code)
+        except ValueError:  # SPEC.md, chapter 11
+            self.goaway = ErrorCode.INTERNAL_ERROR
 
     def pong_received(self, rtt: float) -> None:
         """The session keeps the round-trip time."""
@@ -579,6 +624,8 @@ class GatewayLink(Link):
         """The edge asked to be left: bring up another tunnel first."""
         self.edges: tuple[str, ...] = ()
         """Other edges that this one named."""
+        self.spread = 0.0
+        """Seconds over which the edge wants its gateways' next connections to be spread."""
 
     def _who(self) -> str:
         return f"edge {self._host}"
@@ -656,24 +703,25 @@ class GatewayLink(Link):
         self._end(End(ErrorCode(code), reason), close_code)
 
     def goaway_received(self, last_stream: int, code: int) -> None:
-        with contextlib.suppress(ValueError):
-            self.goaway = ErrorCode(code)
+        super().goaway_received(last_stream, code)
         self.replace = True
         self._owner.link_info(self, {"drain": True})
-
-    goaway: ErrorCode | None = None
-    """Code of the edge's GOAWAY."""
 
     def _informed(self, fields: Mapping[str, Any]) -> None:
         drain = fields.get("drain", False)
         edges = fields.get("edges", [])
+        spread = fields.get("spread", 0)
         if (
             not isinstance(drain, bool)
+            or isinstance(spread, bool)
+            or not isinstance(spread, int | float)
+            or not 0 <= spread < float("inf")
             or not isinstance(edges, list)
             or not all(isinstance(edge, str) for edge in edges)
         ):
             raise HandshakeError(ErrorCode.PROTOCOL_ERROR, "INFO is malformed")
         self.edges = tuple(edges)
+        self.spread = float(spread)
         self.replace = self.replace or drain
         self._owner.link_info(self, fields)
 
@@ -709,6 +757,8 @@ def _tune(transport: asyncio.Transport) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TCP_USER_TIMEOUT_MS)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
 
 
 def _services(fields: Mapping[str, Any]) -> dict[str, bool]:

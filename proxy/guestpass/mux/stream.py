@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("guestpass.tunnel")
 
 # A read joins what has arrived up to about this size: fewer, larger writes to the next socket, but not a whole window
-# (6 MiB) in one piece.
+# (16 MiB) in one piece.
 MAX_READ = 256 * 1024
 
 
