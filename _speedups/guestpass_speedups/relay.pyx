@@ -85,7 +85,7 @@ from guestpass_speedups.http1 cimport (
     write_request_head,
     write_response_head,
 )
-from guestpass_speedups.session cimport CANCEL, PROTOCOL_ERROR, REVOKED, TIMEOUT, Session, Stream
+from guestpass_speedups.session cimport CANCEL, PROTOCOL_ERROR, REVOKED, TIMEOUT, UNREACHABLE, Session, Stream
 
 from guestpass_speedups.session import StreamRefused
 
@@ -602,7 +602,8 @@ cdef class FastStream(Stream):
         if self.answering:
             return connection._cut(CANCEL)
         raw = PyBytes_FromStringAndSize(<const char *> self.raw, self.raw_size)
-        again = self.retryable and not self.acknowledged_
+        # That a gateway could not reach the service did not touch the service; another one may.
+        again = self.retryable and (not self.acknowledged_ or code == UNREACHABLE)
         if not again:
             self._count(connection.lane.statuses.get(code, 502))
         self._detach()

@@ -208,7 +208,7 @@ class Edge:
             api_key=api_key,
             origins=self.origins,
         )
-        house = House(
+        self.house = House(
             lane=self.lane,
             handler=await self._visitor_app(api, console),
             tunnel=self.tunnels.accept,
@@ -220,7 +220,7 @@ class Edge:
         admin_url = await self._admin_app()
         for url in edge.listen:
             listener = Listener(url, self._tls)
-            await listener.start(house.front)
+            await listener.start(self.house.front)
             self._listeners.append(listener)
         self._tasks.append(asyncio.create_task(self._sweep(), name="sweep"))
         return {
@@ -239,6 +239,7 @@ class Edge:
         for listener in self._listeners:
             listener.close()
         self.relay.leaving = True
+        self.lane.fast = False  # what still comes on open connections is answered, and told that they close
         self.tunnels.leave()
         seconds = self.config.edge.drain_seconds
         deadline = time.monotonic() + seconds

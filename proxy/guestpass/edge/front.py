@@ -307,7 +307,7 @@ class Front(Connection, asyncio.BufferedProtocol):
         peer = self._peer
         told = () if speaks_for is None else ((b"x-forwarded-for", speaks_for),)
         address = h.client_address(peer, told, self.house.trusted_proxies)
-        scheme = "https" if self.secure else self.house.scheme if address != peer else "http"
+        scheme = "https" if self.secure else self.house.scheme if self.trusts() else "http"
         before, between, _ = h.forwarded_fields(address, scheme, b"\0").split(b"\0")
         return before, between
 

@@ -37,7 +37,7 @@ from guestpass.edge.keys import CLIENT, SCHEME
 from guestpass.errors import Forbidden, NoGateway, NotFound, PluginFailed, ShareEnded, Unauthorized
 from guestpass.loop import abort_now, unsent
 from guestpass.model import SessionKind
-from guestpass.mux.stream import Head, StreamReset, TunnelStream
+from guestpass.mux.stream import StreamReset, TunnelStream
 from guestpass.plugin import Denied, RequestContext
 from guestpass.tokens import BEARER_PREFIX, digest
 from guestpass_speedups.session import ErrorCode, StreamRefused
