@@ -603,7 +603,9 @@ cdef class FastStream(Stream):
             return connection._cut(CANCEL)
         raw = PyBytes_FromStringAndSize(<const char *> self.raw, self.raw_size)
         # That a gateway could not reach the service did not touch the service; another one may.
-        again = self.retryable and (not self.acknowledged_ or code == UNREACHABLE)
+        again = self.retryable and (
+            not self.acknowledged_ or (code == UNREACHABLE and connection.lane.others(self.grant_))
+        )
         if not again:
             self._count(connection.lane.statuses.get(code, 502))
         self._detach()

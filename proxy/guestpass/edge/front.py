@@ -393,6 +393,10 @@ class FastLane(Lane):
     def admits(self, grant: Grant, method: str, path: str) -> bool:
         return scope.admits(grant.share.scope, method, path)
 
+    def others(self, grant: Grant) -> bool:
+        """Whether another gateway than the session's reaches the service."""
+        return any(c.name != grant.gateway for c in self._tunnels.candidates(grant.site, grant.service))
+
     def identity(self, grant: Grant, now: float) -> tuple[bytes, float]:
         return self._signer.fields(grant, now), grant.headers_until
 
