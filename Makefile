@@ -16,7 +16,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-apps check format screenshots bench bench-quick bench-smoke bench-tunnel report faults \
-	fuzz fuzz-http-asan fuzz-asan build clean
+	conformance plugins fuzz fuzz-http-asan fuzz-asan build clean
 
 help:
 	@echo "make demo         share the bundled sample dashboard and print the link"
@@ -25,6 +25,8 @@ help:
 	@echo "make check        formatting, lint, types, docs, duplicates, import directions"
 	@echo "make format       format the sources"
 	@echo "make faults       what the tunnel survives: kills, black holes, storms, bad input (root, iproute2, nftables)"
+	@echo "make conformance  HTTP, WebSocket, TLS, spoofs and floods against real applications, in a table"
+	@echo "make plugins      hostile providers, containment, revocation of 10,000 streams, in a table"
 	@echo "make fuzz-asan    fuzz the tunnel's compiled core under AddressSanitizer (60 s; FUZZ_SECONDS=3600 for long)"
 	@echo "make bench-tunnel the tunnel against hashicorp/yamux and its targets, in a table"
 	@echo "make bench-quick  the main ratios to nginx, HAProxy and others, in about a minute"
@@ -81,7 +83,15 @@ format: $(VENV)/extra-check
 
 # Network namespaces need root, and iproute2 and nftables of Debian; without them those rows are missing, with the reason.
 faults: $(VENV)/extra-test
-	GUESTPASS_FAULTS=long GUESTPASS_FAULTS_JSON=benchmarks/results/faults.json $(BIN)/pytest -q tests/faults
+	GUESTPASS_LONG=1 GUESTPASS_SCOREBOARD=benchmarks/results/faults.json $(BIN)/pytest -q tests/faults
+
+# What an edge on the internet must refuse, and how applications of different tastes see what passes (long forms).
+conformance: $(VENV)/extra-test
+	GUESTPASS_LONG=1 GUESTPASS_SCOREBOARD=benchmarks/results/conformance.json $(BIN)/pytest -q tests/conformance
+
+# What plugins may do, what they cannot do to others, and how fast a revocation ends things (long forms).
+plugins: $(VENV)/extra-test
+	GUESTPASS_LONG=1 GUESTPASS_SCOREBOARD=benchmarks/results/plugins.json $(BIN)/pytest -q tests/plugins
 
 # Each writes benchmarks/results/NAME.json. Loopback, one machine: nothing else should run there.
 BENCHMARKS := micro/run system/throughput system/sockets system/grants system/start

@@ -1,15 +1,13 @@
-"""Prints the fault table at the end of the run, and writes it where GUESTPASS_FAULTS_JSON says."""
+"""What the fault tests share; the failures of others that they stand for are listed in README.md."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 import pytest
 import uvloop
-from faults import table
 from support.network import Network, why_not
 
 
@@ -17,18 +15,6 @@ def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     return {"uvloop": uvloop.new_event_loop}  # visitors and bad peers should cost less than what they are at
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if table.ROWS:
-        terminalreporter.section("faults")
-        terminalreporter.write_line(table.text())
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = os.environ.get("GUESTPASS_FAULTS_JSON")
-    if path and table.ROWS:
-        table.write(Path(path))
 
 
 @pytest.fixture

@@ -22,11 +22,11 @@ import psutil
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from faults.dialers import Crowd
-from faults.table import LONG, row
 from faults.world import SITE, until
 from speedups import model
 from speedups.model import AUTH, CREDIT, DATA, GOAWAY, HEAD, HELLO, OPEN, PING, RESET
 from support import tunnel
+from support.scoreboard import LONG, row
 from support.tunnel import TestGateway
 
 from guestpass.gateway import agent as agent_module

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from faults.table import row
+from support.scoreboard import row
 from support.stack import running
 
 from guestpass.config import GatewayConfig, parse

@@ -1,4 +1,4 @@
-"""Known failures of others on the whole system, with sockets and processes: see the table in `faults.table`."""
+"""Known failures of others on the whole system, with sockets and processes: see README.md."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from faults.table import LONG, percentile, row
 from faults.world import World
 from support import tunnel
+from support.scoreboard import LONG, percentile, row
 from support.tunnel import NAME, SERVICE, SITE, TestGateway
 
 from guestpass.mux.stream import StreamReset, TunnelStream

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 
 import pytest
-from faults.table import LONG, row
 from hypothesis.stateful import MultipleResults
 from speedups.test_session_model import Tunnel
+from support.scoreboard import LONG, row
 
 pytestmark = pytest.mark.timeout(600 if LONG else 120)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from faults.table import LONG, long_only, percentile, row
 from faults.world import Answer, Load, World, until
 from support.network import Network
+from support.scoreboard import LONG, long_only, percentile, row
 
 pytestmark = pytest.mark.timeout(600 if LONG else 120)
 

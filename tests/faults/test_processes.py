@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from faults.table import LONG, long_only, percentile, row
 from faults.world import Load, World, until
+from support.scoreboard import LONG, long_only, percentile, row
 
 pytestmark = pytest.mark.timeout(900 if LONG else 120)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from faults.dialers import Crowd
-from faults.table import LONG, percentile, row
 from faults.world import until
 from support.network import Network
+from support.scoreboard import LONG, percentile, row
 
 from guestpass.gateway import agent as agent_module
 

@@ -28,9 +28,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
-from faults.table import percentile
 from support.network import EDGE_ADDRESS, Network
 from support.programs import Program, free_port
+from support.scoreboard import percentile
 from yarl import URL
 
 from guestpass.config import EdgeConfig, load_edge
