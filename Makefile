@@ -96,7 +96,7 @@ plugins: $(VENV)/extra-test
 # Each writes benchmarks/results/NAME.json. Loopback, one machine: nothing else should run there.
 BENCHMARKS := micro/run system/throughput system/sockets system/grants system/start
 
-bench: $(VENV)/extra-test $(VENV)/extra-bench
+bench: bench-tunnel $(VENV)/extra-test $(VENV)/extra-bench
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(BENCHFLAGS); done
 	$(BIN)/python benchmarks/report.py
 

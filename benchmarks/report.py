@@ -2,7 +2,8 @@
 
     python benchmarks/report.py [--results DIR] [--report FILE]
 
-The form of a result is described in benchmarks/system/figures.py. `details.series`, where a result has it, makes the
+The form of a result is described in benchmarks/system/figures.py; scoreboards of test suites (`make faults`, `make
+conformance`, `make plugins`: tests/support/scoreboard.py) are put in as tables of their own. `details.series`, where a result has it, makes the
 plots and the tables of CPU and memory. What people have to say about a figure that misses its target stands in
 benchmarks/notes.md, and is put into the report as it is.
 """
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +60,14 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--report", type=Path, default=HERE / "report.md")
     args = parser.parse_args()
-    results = [json.loads(path.read_text("utf-8")) for path in sorted(args.results.glob("*.json"))]
+    found = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(args.results.glob("*.json"))}
+    results = [one for one in found.values() if "figures" in one]
+    boards = {name: one for name, one in found.items() if "rows" in one}
     if not results:
         print(f"there is nothing in {args.results}: run `make bench`", file=sys.stderr)
         return 1
     plots = draw(results, args.report.parent / "plots")
-    args.report.write_text(report(results, plots, args.report.parent / "notes.md"), "utf-8")
+    args.report.write_text(report(results, boards, plots), "utf-8")
     rows = [row for result in results for row in result["figures"] if row["target"]]
     reached = sum(bool(row["reached"]) for row in rows)
     print(f"{args.report}: {reached} of {len(rows)} targets reached")
@@ -73,7 +77,11 @@ def main() -> int:
 # ── text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def report(results: Sequence[dict[str, Any]], plots: Iterable[tuple[str, str]], notes: Path) -> str:
+def report(
+    results: Sequence[dict[str, Any]],
+    boards: Mapping[str, dict[str, Any]],
+    plots: Iterable[tuple[str, str]],
+) -> str:
     parts = [INTRODUCTION]
     if any(result.get("smoke") for result in results):
         parts.append(
@@ -84,8 +92,11 @@ def report(results: Sequence[dict[str, Any]], plots: Iterable[tuple[str, str]], 
     parts.append(circumstances(results))
     decided = [row for result in results for row in result["figures"] if row["target"]]
     parts += ["## Targets\n", figure_table(decided, verdict=True)]
-    if notes.exists():
-        parts.append(notes.read_text("utf-8"))
+    parts.append((HERE / "notes.md").read_text("utf-8"))
+    # a page of its own, with a title
+    parts.append(re.sub("^#", "##", (HERE / "notes-tunnel.md").read_text("utf-8"), flags=re.MULTILINE))
+    for name, board in boards.items():
+        parts += [f"## Scoreboard of `make {name}`\n", scoreboard(board)]
     for title, name in plots:
         parts.append(f"## {title}\n\n![{title}](plots/{name})\n")
     parts.append("## All figures\n")
@@ -123,6 +134,20 @@ def figure_table(rows: Sequence[dict[str, Any]], *, verdict: bool) -> str:
             cells += [row["target"], "reached" if row["reached"] else "**missed**"]
         lines.append(cells)
     return table(lines)
+
+
+def scoreboard(board: dict[str, Any]) -> str:
+    """What a test suite counted and timed; `figure` is its number in the project's scoreboard."""
+    lines = [["figure", "what", "what was done", "measured", "limit", ""], ["---:"] + ["---"] * 5]
+    for row in board["rows"]:
+        number = "" if row["figure"] is None else str(row["figure"])
+        verdict = "held" if row["ok"] else "**missed**"
+        lines.append([number, row["name"], row["done"], row["measured"], row["limit"], verdict])
+    machine = board["machine"]
+    where = (
+        f"{machine['cpus']} processors, Linux {machine['kernel']}, CPython {machine['python']}; {board['at']}"
+    )
+    return f"{board['form'].capitalize()} form; {where}.\n\n{table(lines)}"
 
 
 def value(number: float | None, unit: str) -> str:

@@ -199,10 +199,19 @@ class Report:
                 "target": words,
                 "reached": reached,
                 "rounds": len(ours),
-                "spread": [min(ours), max(ours)],
+                # of the rounds' own ratios where there is a peer, as in every result
+                "spread": spread(ours, peer),
+                "range": [min(ours), max(ours)],
             }
         )
         print(row(self.figures[-1]), flush=True)
+
+
+def spread(ours: list[float], peer: list[float] | None) -> list[float] | None:
+    if not peer:
+        return None
+    ratios = [mine / other for mine, other in zip(ours, peer, strict=False)]
+    return [min(ratios), max(ratios)]
 
 
 def row(figure: dict[str, Any]) -> str:
@@ -210,7 +219,7 @@ def row(figure: dict[str, Any]) -> str:
         return "-" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
     ratio = "-" if figure["ratio"] is None else f"{figure['ratio']:.2f} ×"
-    low, high = figure["spread"]
+    low, high = figure["range"]
     return (
         f"{figure['figure']:<58} {number(figure['ours']):>10} {number(figure['peer']):>10} {figure['unit']:<12} "
         f"{ratio:>8}  {figure['target']:<16} {'yes' if figure['reached'] else 'NO':<3} "
