@@ -3,9 +3,9 @@
     python benchmarks/report.py [--results DIR] [--report FILE]
 
 The form of a result is described in benchmarks/system/figures.py; scoreboards of test suites (`make faults`, `make
-conformance`, `make plugins`: tests/support/scoreboard.py) are put in as tables of their own. `details.series`, where a result has it, makes the
-plots and the tables of CPU and memory. What people have to say about a figure that misses its target stands in
-benchmarks/notes.md, and is put into the report as it is.
+conformance`, `make plugins`: tests/support/scoreboard.py) are put in as tables of their own. `details.series`, where a
+result has it, makes the plots and the tables of CPU and memory. What people have to say about a figure that misses its
+target stands in benchmarks/notes.md, and is put into the report as it is.
 """
 
 from __future__ import annotations
