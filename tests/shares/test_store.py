@@ -53,7 +53,7 @@ async def test_files_are_private(tmp_path: Path) -> None:
             modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()}
     finally:
         os.umask(before)
-    assert modes == {"edge.db": 0o600, "edge.db.lock": 0o600}
+    assert modes == {"edge.db": 0o600, "edge.db.lock": 0o600, "edge.db.revocations": 0o600}
 
 
 async def test_a_file_that_others_could_read_is_made_private(tmp_path: Path) -> None:

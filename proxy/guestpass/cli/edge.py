@@ -24,6 +24,11 @@ def add(commands: Commands) -> None:
         parents=[log_option()],
     )
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="edge.toml")
+    parser.add_argument(
+        "--restored",
+        action="store_true",
+        help="the database is a backup that was restored: revoke in it again what was revoked since it was made",
+    )
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
@@ -44,5 +49,5 @@ def run(args: argparse.Namespace, output: Output) -> int:
         )
         notify_systemd("READY=1", f"STATUS=Serving {facts['edge']}")
 
-    loop.run(serve(config, ready=ready))
+    loop.run(serve(config, ready=ready, restored=args.restored))
     return 0

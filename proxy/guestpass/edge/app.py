@@ -80,8 +80,10 @@ MAX_OWN_BODY = 256 * 1024
 class Edge:
     """One edge process. `start`, then `drain` and `stop`."""
 
-    def __init__(self, config: EdgeConfig) -> None:
+    def __init__(self, config: EdgeConfig, *, restored: bool = False) -> None:
+        """`restored`: the database is a backup (see `Store.open`)."""
         self.config = config
+        self._restored = restored
         self._listeners: list[Listener] = []
         self._lanes: list[Lane] = []
         self._admin: Listener | None = None
@@ -115,7 +117,7 @@ class Edge:
         self.signer = Signer(state / "assertion.key", edge.public_url)
         api_key, api_key_file = self._api_key(state)
 
-        store = await Store.open(config.database)
+        store = await Store.open(config.database, restored=self._restored)
         self._cleanups.append(store.close)
         self.events = EventHub()
         bus = Bus()
@@ -574,10 +576,12 @@ def _host(value: str) -> str:
     return urlsplit("//" + value).hostname or ""
 
 
-async def serve(config: EdgeConfig, *, ready: Callable[[dict[str, Any]], None]) -> None:
+async def serve(
+    config: EdgeConfig, *, ready: Callable[[dict[str, Any]], None], restored: bool = False
+) -> None:
     """Run an edge until SIGTERM or SIGINT, which drain it (a second one stops at once); SIGHUP reloads. Raises
     GuestpassError when it cannot start."""
-    edge = Edge(config)
+    edge = Edge(config, restored=restored)
     line = await edge.start()
     try:
         with Signals(on_reload=edge.reload) as signals:

@@ -3,7 +3,8 @@
 Each method that changes something is one transaction: when it returns the change is on disk, when it raises nothing
 was changed. Events are emitted after that, and never hold a link, token, path or query.
 
-Revocation has an order that nothing may break: commit, then publish on the bus, then answer. Commit first, so that
+Revocation has an order that nothing may break: commit, then publish on the bus, then have the store's journal remember
+it, then answer. Commit first, so that
 whoever rebuilds a grant after the publication reads a store that already refuses; publish always, also when the share
 was deleted before, so that repeating a deletion that failed half-way completes it. A caller who goes away in between
 (a closed connection cancels the API's handler) does not stop it: see `_unstoppable`.
@@ -54,6 +55,7 @@ from guestpass.shares.invitation import invitation
 from guestpass.shares.pages import DEFAULT_LIMIT, Page, check_limit, from_cursor, to_cursor
 from guestpass.shares.storage import PluginStorage, encode
 from guestpass.shares.store import Store, audit, entries, gateways, mail, sessions, shares
+from guestpass.shares.store.journal import limits_of
 from guestpass.shares.store.rows import AuditEntry, AuditFilter
 
 log = logging.getLogger("guestpass.shares")
@@ -301,7 +303,7 @@ class ShareService:
             return before, after, links, gone, ended, {s.id: _within(s, after) for s in live}
 
         async def change() -> UpdatedShare:
-            before, after, links, gone, ended, live = await self._store.write(work)
+            before, after, links, gone, ended, live = await self._store.write(work, revoking=True)
             self._store.wake_courier()
             revocations = [
                 Revocation("recipient_removed", share_id=share_id, recipient_id=r.id) for r in gone
@@ -310,7 +312,7 @@ class ShareService:
                 revocations.append(Revocation("share_updated", share_id=share_id))
             else:
                 self._renew(after, live)
-            revoked = await self._publish(revocations, ended)
+            revoked = await self._publish(revocations, ended, limits_of(after))
             actor = before.owner if by is None else by
             fields = ("name", "message", "path", "scope", "expires", "max_sessions")
             if different := [f for f in fields if getattr(before, f) != getattr(after, f)]:
@@ -340,7 +342,7 @@ class ShareService:
             return share, ended
 
         async def end() -> Revoked:
-            share, ended = await self._store.write(work)
+            share, ended = await self._store.write(work, revoking=True)
             revoked = await self._publish([Revocation("deleted", share_id=share_id)], ended)
             if share.deleted is None:
                 actor = share.owner if by is None else by
@@ -360,7 +362,7 @@ class ShareService:
             return share, recipient, self._remove(db, recipient, now, seen)
 
         async def remove() -> Revoked:
-            share, recipient, ended = await self._store.write(work)
+            share, recipient, ended = await self._store.write(work, revoking=True)
             revoked = await self._publish(
                 [Revocation("recipient_removed", share_id=share_id, recipient_id=recipient.id)], ended
             )
@@ -554,7 +556,7 @@ class ShareService:
             return session, sessions.end(db, now, reason, session_id=session_id)
 
         async def end() -> Revoked:
-            session, ended = await self._store.write(work)
+            session, ended = await self._store.write(work, revoking=True)
             revoked = await self._publish(
                 [Revocation(reason, share_id=session.share_id, session_id=session_id)], ended
             )
@@ -664,7 +666,7 @@ class ShareService:
             return found[0]
 
         async def remove() -> Revoked:
-            gateway = await self._store.write(work)
+            gateway = await self._store.write(work, revoking=True)
             self._gateways_seen.pop((gateway.site, gateway.name), None)
             revoked = await self._publish(
                 [Revocation("gateway_removed", gateway=(gateway.site, gateway.name))]
@@ -844,8 +846,14 @@ class ShareService:
         await self._store.write(lambda db: entries.put(db, namespace, _key(secret), encoded, expires))
         return secret
 
-    async def _publish(self, revocations: Sequence[Revocation], ended: int = 0) -> Revoked:
-        """`ended`: how many sessions ended in the store; not each of them had a grant."""
+    async def _publish(
+        self,
+        revocations: Sequence[Revocation],
+        ended: int = 0,
+        limits: Mapping[str, Any] | None = None,
+    ) -> Revoked:
+        """`ended`: how many sessions ended in the store; not each of them had a grant. `limits`: of a share that was
+        narrowed."""
         done: builtins.list[Revoked] = []
         failure: GuestpassError | None = None
         for revocation in revocations:
@@ -853,6 +861,8 @@ class ShareService:
                 done.append(await self._bus.publish(revocation))
             except GuestpassError as exc:
                 failure = exc
+        if revocations:
+            await self._store.remember(revocations, self._now(), limits)
         if failure is not None:
             raise failure
         return Revoked(

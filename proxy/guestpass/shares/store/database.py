@@ -9,6 +9,7 @@ How it works:
   SQLite's own locks except for a program that looks into the file from outside (a backup, `sqlite3`).
 * What `write` has returned from is on disk: rollback journal with synchronous=EXTRA. (FULL does not sync the folder
   after the journal is deleted, so a power cut could bring the journal back and undo an acknowledged commit.)
+* `write(work, revoking=True)` is for what takes something away, and `remember` for what that was: see `journal`.
 * `secure_delete` overwrites what is deleted: mail that waits holds links.
 
 Errors of the database are translated here, once: StoreError names the file and says what to do.
@@ -21,7 +22,7 @@ import fcntl
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,8 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import NullPool
 
 from guestpass.errors import StoreError
+from guestpass.model import Revocation
+from guestpass.shares.store import journal
 from guestpass.shares.store.schema import REVISION, VERSION_TABLE
 
 log = logging.getLogger("guestpass.store")
@@ -66,15 +69,18 @@ class Store:
         self._lock: int | None = None
         self._engine: Engine | None = None
         self._db: Connection | None = None
+        self._journal: journal.Journal | None = None
+        self._epoch = 0
         self._begin = "BEGIN"
         self._closed = False
 
     @classmethod
-    async def open(cls, path: Path) -> Self:
-        """Open, or create, the database at `path`. Raises StoreError."""
+    async def open(cls, path: Path, *, restored: bool = False) -> Self:
+        """Open, or create, the database at `path`. `restored`: it is a backup, and what was revoked since is to be
+        revoked in it again. Raises StoreError."""
         store = cls(Path(path))
         try:
-            await asyncio.get_running_loop().run_in_executor(store._thread, store._open)
+            await asyncio.get_running_loop().run_in_executor(store._thread, store._open, restored)
         except BaseException:
             await store.close()
             raise
@@ -94,12 +100,24 @@ class Store:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def write(self, work: Callable[[Connection], T]) -> T:
+    async def write(self, work: Callable[[Connection], T], *, revoking: bool = False) -> T:
         """Run `work` in a transaction; on disk when this returns. What `work` raises undoes it and passes through.
 
-        Cancelling the caller does not undo work that has begun. Raises StoreError.
+        `revoking`: it takes something away, and `remember` follows before anybody is told. Cancelling the caller does
+        not undo work that has begun. Raises StoreError.
         """
-        return await self._submit("BEGIN IMMEDIATE", work)
+        return await self._submit("BEGIN IMMEDIATE", self._revoking(work) if revoking else work)
+
+    async def remember(
+        self, revocations: Sequence[Revocation], at: float, limits: Mapping[str, Any] | None = None
+    ) -> None:
+        """Have the journal know what was revoked. `limits`: what `share_updated` narrowed the share to.
+
+        Raises StoreError: then what was revoked is, but a backup from before could bring it back unnoticed.
+        """
+        await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._remember, tuple(revocations), at, limits
+        )
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """Run `work`, which only reads, on one consistent state. Raises StoreError."""
@@ -130,7 +148,25 @@ class Store:
         with self._translated(), self._db.begin():
             return work(self._db)
 
-    def _open(self) -> None:
+    def _revoking(self, work: Callable[[Connection], T]) -> Callable[[Connection], T]:
+        def both(db: Connection) -> T:
+            done = work(db)
+            self._epoch = journal.raise_epoch(db)
+            return done
+
+        return both
+
+    def _remember(
+        self, revocations: tuple[Revocation, ...], at: float, limits: Mapping[str, Any] | None
+    ) -> None:
+        if self._journal is None:
+            raise StoreError(f"{self.path}: the store is closed")
+        self._journal.append(
+            journal.Entry(self._epoch, at, r, limits if r.reason == "share_updated" else None)
+            for r in revocations
+        )
+
+    def _open(self, restored: bool) -> None:
         folder = self.path.parent
         if not folder.is_dir():
             raise StoreError(
@@ -160,6 +196,12 @@ class Store:
             self._begin = "BEGIN IMMEDIATE"
             with self._db.begin():
                 self._migrate(self._db)
+            self._journal = journal.Journal.open(self.path.with_name(self.path.name + ".revocations"))
+            with self._db.begin():
+                again = journal.settle(self._db, self._journal, restored=restored)
+                self._epoch = journal.epoch(self._db)
+        for entry in again:
+            log.warning("%s is a restored backup: revoked again: %s", self.path, entry)
 
     def _close(self) -> None:
         try:
@@ -169,6 +211,9 @@ class Store:
                 self._engine.dispose()
         finally:
             self._db = self._engine = None
+            if self._journal is not None:
+                self._journal.close()
+                self._journal = None
             if self._lock is not None:
                 # The file stays: who deletes a lock file can let two others in, one on the old and one on a new file.
                 os.close(self._lock)

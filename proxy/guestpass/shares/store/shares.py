@@ -40,6 +40,10 @@ def insert_recipient(db: Connection, recipient: Recipient) -> None:
     db.execute(sa.insert(recipients), {**from_recipient(recipient), "position": position})
 
 
+def exist(db: Connection) -> bool:
+    return db.execute(sa.select(sa.exists().select_from(shares))).scalar_one() == 1
+
+
 def get(db: Connection, share_id: str) -> Share | None:
     row = db.execute(_BY_ID, {"share": share_id}).first()
     return None if row is None else to_share(row, db.execute(_RECIPIENTS, {"share": share_id}).all())
