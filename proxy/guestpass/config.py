@@ -29,10 +29,13 @@ from pydantic import (
 )
 
 from guestpass.errors import ConfigError
-from guestpass.hosts import is_loopback
+from guestpass.hosts import is_address, is_loopback
 
 # A name stands in file names, metrics labels and the OPEN frame: short and plain.
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
+
+# RFC 1123 labels; what stands in a certificate.
+HOST = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 DURATION_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -147,6 +150,20 @@ class Tls(_Section):
     key: Path
 
 
+def _host(value: str) -> str:
+    """A host name, or a wildcard for one label below it, in lower case."""
+    name = value.lower().removesuffix(".")
+    if not HOST.fullmatch(name.removeprefix("*.")) or is_address(name):
+        raise ValueError(f"{value!r} is not a host name like share.example.com or *.share.example.com")
+    return name
+
+
+class HostCertificate(Tls):
+    """`[[edge.certificate]]`: one more certificate, for the names in it or for `hosts` only."""
+
+    hosts: tuple[Annotated[str, AfterValidator(_host)], ...] = ()
+
+
 class EdgeSection(_Section):
     """`[edge]`"""
 
@@ -157,6 +174,8 @@ class EdgeSection(_Section):
     share_domain: Annotated[str, AfterValidator(_share_domain)] = "localhost:8080"
     state: str = "sqlite:///edge.db"
     tls: Tls | None = None
+    certificate: tuple[HostCertificate, ...] = ()  # besides `tls`; clients say by name which one they want
+    hsts_seconds: int = Field(default=63_072_000, ge=0)  # Strict-Transport-Security; 0: none
     insecure: bool = False  # plain http:// on other than loopback addresses
     trusted_proxies: tuple[Network, ...] = ()
     workers: int = Field(default=1, ge=1)
@@ -176,8 +195,6 @@ class EdgeSection(_Section):
     def _consistent(self) -> EdgeSection:
         for url in self.listen:
             parts = urlsplit(url)
-            if parts.scheme == "https" and self.tls is None:
-                raise ValueError(f"listen: {url} needs tls = {{ cert = …, key = … }}")
             if parts.scheme == "http" and not self.insecure and not is_loopback(parts.hostname or ""):
                 raise ValueError(
                     f"listen: {url} is plain HTTP on an address that is not loopback: "
@@ -252,6 +269,13 @@ class EdgeConfig(_Section):
     notify: PluginSections = ()
     observe: PluginSections = (PluginSection(use="audit-log"),)
     file: Path = Field(default=Path("edge.toml"), exclude=True)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EdgeConfig:
+        for url in self.edge.listen:
+            if url.startswith("https:") and self.edge.tls is None and not self.edge.certificate:
+                raise ValueError(f'{url} needs tls = {{ cert = …, key = … }} (key "edge.listen")')
+        return self
 
     @property
     def folder(self) -> Path:

@@ -78,6 +78,7 @@ OWN_KEYS = (
     "share_domain",
     "state",
     "tls",
+    "certificate",
     "api_key",
     "fast_lane",
     "outbox",

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import secrets
-import ssl
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -25,11 +24,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from guestpass import config as configuration
 from guestpass.config import EdgeConfig, PluginSection
 from guestpass.daemon import Signals, reloading
+from guestpass.edge import certificates
 from guestpass.edge import headers as h
 from guestpass.edge.admission import Admission
 from guestpass.edge.api import Api
 from guestpass.edge.api import routes as api_routes
 from guestpass.edge.assertion import Signer, write_private
+from guestpass.edge.certificates import Certificates
 from guestpass.edge.console import Console
 from guestpass.edge.events import EventHub
 from guestpass.edge.front import HANDLER_KEEPALIVE, Answered, FastLane, House, bare_lane
@@ -41,8 +42,9 @@ from guestpass.edge.origins import Origins
 from guestpass.edge.pages import Pages
 from guestpass.edge.plugins import PluginSet
 from guestpass.edge.relay import Relay
-from guestpass.edge.tunnels import Tunnels, own_certificate_hash
+from guestpass.edge.tunnels import Tunnels
 from guestpass.errors import ConfigError, GuestpassError
+from guestpass.hosts import is_loopback
 from guestpass.model import Revocation, Revoked
 from guestpass.plugin import Client
 from guestpass.shares.bus import Bus
@@ -87,8 +89,7 @@ class Edge:
         self._admin: Listener | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._cleanups: list[Callable[[], Awaitable[None]]] = []
-        self._tls: ssl.SSLContext | None = None
-        self._certificate_hash = b""
+        self.certificates = Certificates()
         self._draining = False
 
     async def start(self) -> dict[str, Any]:
@@ -109,7 +110,10 @@ class Edge:
                 f'{config.file}: cannot make the folder {state}: {exc.strerror} (key "edge.state")'
             ) from exc
         self.origins = Origins(edge.public_url, edge.share_domain)
-        self._load_tls()
+        # Not on a developer's machine: a browser keeps it for all ports of the name, other servers' too.
+        public = not is_loopback(urlsplit(edge.public_url).hostname or "")
+        self._hsts = f"max-age={edge.hsts_seconds}" if public and edge.hsts_seconds else ""
+        self._load_certificates(config)
         self.metrics = Metrics()
         self.plugins = PluginSet.load(with_notifiers(config), observe_hook=self.metrics.observe_hook)
         self.signer = Signer(state / "assertion.key", edge.public_url)
@@ -219,7 +223,7 @@ class Edge:
         )
         admin_url = await self._admin_app()
         for url in edge.listen:
-            listener = Listener(url, self._tls)
+            listener = Listener(url, self.certificates)
             await listener.start(self.house.front)
             self._listeners.append(listener)
         self._tasks.append(asyncio.create_task(self._sweep(), name="sweep"))
@@ -280,16 +284,13 @@ class Edge:
     def _reload(self) -> None:
         try:
             fresh = configuration.load_edge(self.config.file)
-            if fresh.edge.tls is not None and self._tls is not None:
-                # First where nobody is served: a key that does not fit would leave the context without any.
-                load_certificate(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), fresh, fresh.edge.tls)
-                load_certificate(self._tls, fresh, fresh.edge.tls)
-                self._certificate_hash = own_certificate_hash(fresh.resolve(fresh.edge.tls.cert))
+            self._load_certificates(fresh)
             elsewhere = [
                 f"{prefix}{name}"
                 for prefix, new, old in (("edge.", fresh.edge, self.config.edge), ("", fresh, self.config))
                 for name in sorted(type(new).model_fields)
-                if name not in ("edge", "file", "tls") and getattr(new, name) != getattr(old, name)
+                if name not in ("edge", "file", "tls", "certificate")
+                and getattr(new, name) != getattr(old, name)
             ]
             if elsewhere:
                 log.warning("reload: a restart is needed for changes of: %s", ", ".join(elsewhere))
@@ -299,16 +300,9 @@ class Edge:
 
     # ── parts of start ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def _load_tls(self) -> None:
-        tls = self.config.edge.tls
-        if tls is None:
-            return
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_alpn_protocols(["http/1.1"])
-        load_certificate(context, self.config, tls)
-        self._tls = context
-        self._certificate_hash = own_certificate_hash(self.config.resolve(tls.cert))
+    def _load_certificates(self, config: EdgeConfig) -> None:
+        """Raises ConfigError, and keeps those that are served."""
+        self.certificates.load(config.file, tuple(certificates.sources(config)))
 
     def _binding(self, transport: asyncio.BaseTransport) -> bytes | None:
         """What a gateway's proof on this connection must be bound to; None where the binding is switched off."""
@@ -316,7 +310,7 @@ class Edge:
             return None
         if self.config.edge.tunnel_certificate_hash is not None:
             return bytes.fromhex(self.config.edge.tunnel_certificate_hash)
-        return self._certificate_hash if transport.get_extra_info("sslcontext") is not None else b""
+        return self.certificates.hash_of(transport.get_extra_info("sslcontext"))
 
     def _api_key(self, state: Path) -> tuple[str, Path | None]:
         secret = self.config.edge.api_key
@@ -372,7 +366,7 @@ class Edge:
             lingering_time=LINGER,
             shutdown_timeout=1.0,
         )
-        app.on_response_prepare.append(_without_versions)
+        app.on_response_prepare.append(self._own_fields)
         await runner.setup()
         self._cleanups.append(runner.cleanup)
         server = runner.server
@@ -436,6 +430,14 @@ class Edge:
             raise web.HTTPNotFound
         return await handler(request)
 
+    async def _own_fields(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Of all answers of our own; the first on each host is one. The relay's are written elsewhere."""
+        response.headers["Server"] = (
+            "Guestpass"  # otherwise aiohttp says which Python and which aiohttp this is
+        )
+        if self._hsts and request.get(SCHEME) == "https":
+            response.headers["Strict-Transport-Security"] = self._hsts
+
     def _count_refused(self, status: int) -> None:
         self.metrics.refused.labels(str(status)).inc()
 
@@ -475,7 +477,7 @@ class Edge:
         self._cleanups.append(runner.cleanup)
         server = runner.server
         assert server is not None
-        listener = Listener(f"http://{self.config.edge.admin_listen}", None)
+        listener = Listener(f"http://{self.config.edge.admin_listen}")
         lane = bare_lane()
         self._lanes.append(lane)
         house = House(
@@ -504,11 +506,6 @@ class Edge:
         return web.json_response(
             {"status": "not ready" if faults else "ready", "faults": faults}, status=503 if faults else 200
         )
-
-
-async def _without_versions(request: web.Request, response: web.StreamResponse) -> None:
-    """Otherwise aiohttp says which Python and which aiohttp this is."""
-    response.headers["Server"] = "Guestpass"
 
 
 class _ServerLog(logging.LoggerAdapter[logging.Logger]):
@@ -545,21 +542,6 @@ def with_notifiers(config: EdgeConfig) -> EdgeConfig:
     else:
         section = PluginSection(use="outbox", folder=str(config.resolve(config.edge.outbox).absolute()))
     return config.model_copy(update={"notify": (section,)})
-
-
-def load_certificate(context: ssl.SSLContext, config: EdgeConfig, tls: configuration.Tls) -> None:
-    """Raises ConfigError that names the file."""
-    cert, key = config.resolve(tls.cert), config.resolve(tls.key)
-    for path in (cert, key):
-        if not path.is_file():
-            raise ConfigError(f'{config.file}: there is no file {path} (key "edge.tls")')
-    try:
-        context.load_cert_chain(cert, key)
-    except (ssl.SSLError, OSError) as exc:
-        raise ConfigError(
-            f'{config.file}: {cert} and {key} do not load: {exc} (key "edge.tls")',
-            hint="Both are PEM, the key belongs to the first certificate and has no pass phrase.",
-        ) from exc
 
 
 def _secret_file(path: Path, prefix: str = "") -> str:
