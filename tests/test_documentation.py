@@ -134,7 +134,11 @@ def test_plugin_sections_and_their_defaults() -> None:
 def test_every_metric_is_documented() -> None:
     metrics = Metrics()
     metrics.watch(
-        grants=lambda: 0, streams=lambda: 0, tunnels=lambda: [("s", "g", 1, 0.1)], tunnel_bytes=lambda: (0, 0)
+        grants=lambda: 0,
+        streams=lambda: 0,
+        tunnels=lambda: [("s", "g", 1, 0.1)],
+        tunnel_bytes=lambda: (0, 0),
+        certificates=lambda: [("share.example.com", 1.0)],
     )
     page = text("operations.md")
     for family in metrics.registry.collect():

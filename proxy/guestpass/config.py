@@ -184,6 +184,8 @@ class EdgeSection(_Section):
     # Where gateways may go while this edge is drained, besides the edges that they know themselves.
     other_edges: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()
     api_key: Secret | None = None  # absent: made at the first start, in `api.key` beside the state
+    # A key signs assertions for so long; 0: until `guestpass keys rotate`. A day is more than a rotation takes.
+    assertion_key_days: float = Field(default=90, ge=0, le=3650)
     owner: str = "The owner of this Guestpass"  # who shares, on the link page, unless a share says otherwise
     outbox: Path = Path("outbox")  # where mail is written when there is no [mail]
     memory_budget: int = Field(default=512 << 20, ge=16 << 20)  # bytes of receive windows of all tunnels
@@ -200,6 +202,8 @@ class EdgeSection(_Section):
                     f"listen: {url} is plain HTTP on an address that is not loopback: "
                     "use https, or set insecure = true"
                 )
+        if 0 < self.assertion_key_days < 1:
+            raise ValueError("assertion_key_days: a key signs for at least 1 day; 0 switches rotation off")
         if self.workers != 1:
             raise ValueError("workers: this version runs one worker; set workers = 1")
         if not self.state.startswith("sqlite:///"):

@@ -29,7 +29,7 @@ from guestpass.edge import headers as h
 from guestpass.edge.admission import Admission
 from guestpass.edge.api import Api
 from guestpass.edge.api import routes as api_routes
-from guestpass.edge.assertion import Signer, write_private
+from guestpass.edge.assertion import Signer
 from guestpass.edge.certificates import Certificates
 from guestpass.edge.console import Console
 from guestpass.edge.events import EventHub
@@ -42,6 +42,7 @@ from guestpass.edge.origins import Origins
 from guestpass.edge.pages import Pages
 from guestpass.edge.plugins import PluginSet
 from guestpass.edge.relay import Relay
+from guestpass.edge.signing_keys import JWKS_SECONDS, KeyRing, write_private
 from guestpass.edge.tunnels import Tunnels
 from guestpass.errors import ConfigError, GuestpassError
 from guestpass.hosts import is_loopback
@@ -116,7 +117,9 @@ class Edge:
         self._load_certificates(config)
         self.metrics = Metrics()
         self.plugins = PluginSet.load(with_notifiers(config), observe_hook=self.metrics.observe_hook)
-        self.signer = Signer(state / "assertion.key", edge.public_url)
+        self.keys = KeyRing(state, days=edge.assertion_key_days)
+        self.keys.open(time.time())
+        self.signer = Signer(self.keys, edge.public_url)
         api_key, api_key_file = self._api_key(state)
 
         store = await Store.open(config.database)
@@ -183,6 +186,7 @@ class Edge:
             streams=lambda: self.grants.all_streams,
             tunnels=lambda: [(s.site, s.name, s.tunnels, s.rtt) for s in self.tunnels.status()],
             tunnel_bytes=lambda: (self.tunnels.bytes_received, self.tunnels.bytes_sent),
+            certificates=self.certificates.expiries,
         )
         await self.plugins.start(
             service,
@@ -285,6 +289,7 @@ class Edge:
         try:
             fresh = configuration.load_edge(self.config.file)
             self._load_certificates(fresh)
+            self.keys.tick(time.time())
             elsewhere = [
                 f"{prefix}{name}"
                 for prefix, new, old in (("edge.", fresh.edge, self.config.edge), ("", fresh, self.config))
@@ -334,12 +339,16 @@ class Edge:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             self.grants.sweep()
-            try:
-                await self.service.sweep()
-            except GuestpassError as exc:
-                log.warning("sweep: %s", exc)
-            except Exception:  # a loop that ended would never clear anything again
-                log.exception("sweep")
+            for sweep in (self.service.sweep, self._turn_keys):
+                try:
+                    await sweep()
+                except GuestpassError as exc:
+                    log.warning("sweep: %s", exc)
+                except Exception:  # a loop that ended would never clear anything again
+                    log.exception("sweep")
+
+    async def _turn_keys(self) -> None:
+        await asyncio.to_thread(self.keys.tick, time.time())
 
     # ── HTTP ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -443,9 +452,9 @@ class Edge:
 
     async def _jwks(self, request: web.Request) -> web.Response:
         return web.Response(
-            body=orjson.dumps(self.signer.jwks),
+            body=orjson.dumps(self.keys.jwks),
             content_type="application/json",
-            headers={"Cache-Control": "public, max-age=300"},
+            headers={"Cache-Control": f"public, max-age={JWKS_SECONDS}"},
         )
 
     async def _admin_app(self) -> str:
