@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from guestpass.config import (
+    AcmeSection,
     EdgeConfig,
     EdgeSection,
     GatewayConfig,
@@ -57,6 +58,7 @@ def keys(model: type[BaseModel]) -> set[str]:
     [
         ("edge.md", "`[edge]`", EdgeSection),
         ("edge.md", "`[mail]`", Mail),
+        ("edge.md", "`[acme]`", AcmeSection),
         ("gateway.md", "`[gateway]`", GatewaySection),
         ("gateway.md", "`[services.NAME]`", Service),
     ],
@@ -69,6 +71,7 @@ def test_every_key_is_documented_and_no_other(page: str, heading: str, model: ty
     ("page", "heading", "model"),
     [
         ("edge.md", "`[edge]`", EdgeSection),
+        ("edge.md", "`[acme]`", AcmeSection),
         ("gateway.md", "`[gateway]`", GatewaySection),
         ("gateway.md", "`[services.NAME]`", Service),
     ],

@@ -118,6 +118,11 @@ def _listen(value: str) -> str:
     return value
 
 
+def _plain_listen(value: str) -> str:
+    _url_parts(value, "http://HOST:PORT", schemes=("http",))
+    return value
+
+
 def _host_port(value: str) -> str:
     if _url_parts("//" + value, "HOST:PORT", schemes=("",)).port is None:
         raise ValueError(f"{value!r} is not of the form HOST:PORT")
@@ -169,6 +174,8 @@ class EdgeSection(_Section):
 
     name: str = "guestpass"  # who the gateways believe to talk to; part of what their proof signs
     listen: tuple[Annotated[str, AfterValidator(_listen)], ...] = ("http://127.0.0.1:8080",)
+    # Plain HTTP on any address: answers ACME's challenges, sends everything else to https, and does nothing more.
+    redirect_listen: tuple[Annotated[str, AfterValidator(_plain_listen)], ...] = ()
     admin_listen: Annotated[str, AfterValidator(_host_port)] = "127.0.0.1:8081"
     public_url: Annotated[str, AfterValidator(_origin)] = "http://localhost:8080"
     share_domain: Annotated[str, AfterValidator(_share_domain)] = "localhost:8080"
@@ -219,6 +226,33 @@ class Mail(_Section):
     password: Secret | None = None  # instead of one in the URL
 
 
+class AcmeSection(_Section):
+    """`[acme]`: absent means certificates from files only."""
+
+    hosts: tuple[Annotated[str, AfterValidator(_host)], ...] = Field(min_length=1)
+    directory: str = "https://acme-v02.api.letsencrypt.org/directory"
+    email: str = ""
+    challenge: Literal["http-01", "dns-01"] = "http-01"
+    hook: tuple[str, ...] = ()  # for dns-01: a command and its arguments
+    hook_seconds: float = Field(default=120, gt=0, le=3600)
+    dns_seconds: float = Field(default=0, ge=0, le=3600)  # from the hook's end until the server may look
+    storage: Path = Path("acme")
+    ca: Path | None = None  # trust only this CA for `directory`
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AcmeSection:
+        wildcard = next((host for host in self.hosts if host.startswith("*.")), None)
+        if self.challenge == "http-01" and wildcard is not None:
+            raise ValueError(f'hosts: {wildcard} can be proven by challenge = "dns-01" only')
+        if self.challenge == "dns-01" and not self.hook:
+            raise ValueError('hook: challenge = "dns-01" needs a command that adds and removes TXT records')
+        if not self.directory.startswith(
+            ("https://", "http://127.0.0.1", "http://localhost", "http://[::1]")
+        ):
+            raise ValueError(f"directory: {self.directory!r} is not of the form https://…")
+        return self
+
+
 class PluginSection(BaseModel):
     """One `[[authenticate]]`, `[[revoke]]`, `[choose]`, `[[filter]]`, `[[notify]]`, `[[observe]]`.
 
@@ -266,6 +300,7 @@ class EdgeConfig(_Section):
 
     edge: EdgeSection = EdgeSection()
     mail: Mail | None = None
+    acme: AcmeSection | None = None
     authenticate: PluginSections = (PluginSection(use="email-code"), PluginSection(use="bearer-token"))
     revoke: PluginSections = (PluginSection(use="share-state"),)
     choose: PluginSections = (PluginSection(use="random"),)
@@ -276,9 +311,16 @@ class EdgeConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> EdgeConfig:
-        for url in self.edge.listen:
-            if url.startswith("https:") and self.edge.tls is None and not self.edge.certificate:
+        edge = self.edge
+        for url in edge.listen:
+            if url.startswith("https:") and edge.tls is None and not edge.certificate and self.acme is None:
                 raise ValueError(f'{url} needs tls = {{ cert = …, key = … }} (key "edge.listen")')
+        plain = edge.redirect_listen or any(url.startswith("http:") for url in edge.listen)
+        if self.acme is not None and self.acme.challenge == "http-01" and not plain:
+            raise ValueError(
+                'challenge = "http-01" is answered on port 80: set redirect_listen = ["http://0.0.0.0:80"] '
+                '(key "edge.redirect_listen")'
+            )
         return self
 
     @property

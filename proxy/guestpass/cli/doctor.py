@@ -261,9 +261,21 @@ def _port(url: str, running: bool) -> Check:
 def certificate(config: EdgeConfig) -> Iterator[Check]:
     """Certificates and keys: they load, belong together, are valid, and cover our names."""
     from guestpass.edge import certificates
+    from guestpass.edge.acme import Storage
 
     covered: list[str] = []
     found = list(certificates.sources(config))
+    if config.acme is not None:
+        storage = Storage(config.resolve(config.acme.storage))
+        for host in config.acme.hosts:
+            source = storage.source(host)
+            if source is not None:
+                found.append(source)
+            else:
+                text = f"{host} has none by ACME yet"
+                yield Check(
+                    "certificate", WARN, text, "The edge orders it when it runs; its log says how it went."
+                )
     for source in found:
         try:
             loaded = certificates.load(source, config.file)

@@ -79,6 +79,7 @@ OWN_KEYS = (
     "state",
     "tls",
     "certificate",
+    "redirect_listen",
     "api_key",
     "fast_lane",
     "outbox",

@@ -26,6 +26,7 @@ from guestpass.config import EdgeConfig, PluginSection
 from guestpass.daemon import Signals, reloading
 from guestpass.edge import certificates
 from guestpass.edge import headers as h
+from guestpass.edge.acme import Acme
 from guestpass.edge.admission import Admission
 from guestpass.edge.api import Api
 from guestpass.edge.api import routes as api_routes
@@ -91,6 +92,8 @@ class Edge:
         self._tasks: list[asyncio.Task[None]] = []
         self._cleanups: list[Callable[[], Awaitable[None]]] = []
         self.certificates = Certificates()
+        self._certified = config  # the one whose certificates are served: a reload changes it
+        self.acme: Acme | None = None
         self._draining = False
 
     async def start(self) -> dict[str, Any]:
@@ -114,8 +117,15 @@ class Edge:
         # Not on a developer's machine: a browser keeps it for all ports of the name, other servers' too.
         public = not is_loopback(urlsplit(edge.public_url).hostname or "")
         self._hsts = f"max-age={edge.hsts_seconds}" if public and edge.hsts_seconds else ""
-        self._load_certificates(config)
         self.metrics = Metrics()
+        if config.acme is not None:
+            self.acme = Acme(
+                config,
+                config.acme,
+                changed=self._serve_issued,
+                count=lambda outcome: self.metrics.acme_attempts.labels(outcome).inc(),
+            )
+        self._load_certificates(config)
         self.plugins = PluginSet.load(with_notifiers(config), observe_hook=self.metrics.observe_hook)
         self.keys = KeyRing(state, days=edge.assertion_key_days)
         self.keys.open(time.time())
@@ -230,6 +240,11 @@ class Edge:
             listener = Listener(url, self.certificates)
             await listener.start(self.house.front)
             self._listeners.append(listener)
+        for url in edge.redirect_listen:
+            self._listeners.append(await self._bare(await self._plain_server(), url))
+        if self.acme is not None:
+            await self.acme.start()
+            self._cleanups.append(self.acme.stop)
         self._tasks.append(asyncio.create_task(self._sweep(), name="sweep"))
         return {
             "edge": edge.public_url,
@@ -290,6 +305,8 @@ class Edge:
             fresh = configuration.load_edge(self.config.file)
             self._load_certificates(fresh)
             self.keys.tick(time.time())
+            if self.acme is not None:
+                self.acme.hurry()
             elsewhere = [
                 f"{prefix}{name}"
                 for prefix, new, old in (("edge.", fresh.edge, self.config.edge), ("", fresh, self.config))
@@ -307,7 +324,17 @@ class Edge:
 
     def _load_certificates(self, config: EdgeConfig) -> None:
         """Raises ConfigError, and keeps those that are served."""
-        self.certificates.load(config.file, tuple(certificates.sources(config)))
+        issued = self.acme.sources() if self.acme is not None else []
+        self.certificates.load(config.file, (*certificates.sources(config), *issued))
+        self._certified = config
+
+    def _serve_issued(self) -> None:
+        """There are new certificates by ACME, and nobody asked for the other files to be read again: where one of those
+        has a fault by now, what is served stays."""
+        try:
+            self._load_certificates(self._certified)
+        except GuestpassError as exc:
+            log.error("a new certificate is not served: %s", exc)
 
     def _binding(self, transport: asyncio.BaseTransport) -> bytes | None:
         """What a gateway's proof on this connection must be bound to; None where the binding is switched off."""
@@ -427,6 +454,9 @@ class Edge:
         # A trusted proxy ends TLS for us; what it was spoken to as is our public scheme.
         proxied = h.within(peer, self.config.edge.trusted_proxies)
         request[SCHEME] = "https" if request.secure else self.origins.scheme if proxied else "http"
+        challenge = self._challenge(request)
+        if challenge is not None:
+            return challenge
         share_id = self.origins.share_of(request.host)
         if share_id is not None:
             request[SHARE_ID] = share_id
@@ -449,6 +479,35 @@ class Edge:
 
     def _count_refused(self, status: int) -> None:
         self.metrics.refused.labels(str(status)).inc()
+
+    def _challenge(self, request: web.Request) -> web.Response | None:
+        """The answer to a challenge of ACME that is under way."""
+        text = self.acme.answer(request.host, request.raw_path) if self.acme is not None else None
+        if text is None or request.method not in ("GET", "HEAD"):
+            return None
+        return web.Response(body=text.encode("ascii"), content_type="application/octet-stream")
+
+    async def _plain_server(self) -> Callable[[], asyncio.BaseProtocol]:
+        """For `redirect_listen`: challenges, and the way to https."""
+
+        async def answer(request: web.Request) -> web.StreamResponse:
+            challenge = self._challenge(request)
+            if challenge is not None:
+                return challenge
+            name = urlsplit("//" + request.host).hostname or ""
+            origin = self.origins.named(name)
+            if origin is None:
+                return self.pages.error(421, request=request)
+            if request.method not in ("GET", "HEAD"):
+                # Sent again over https it would be too late: what it holds has passed in the clear.
+                return self.pages.error(403, request=request, message="This is spoken over https only.")
+            headers = {"Location": origin + request.raw_path, "Cache-Control": "no-store"}
+            return web.Response(status=308, headers=headers)
+
+        app = web.Application(client_max_size=MAX_OWN_BODY)
+        app.router.add_route("*", "/{path:.*}", answer)
+        app.on_response_prepare.append(self._own_fields)
+        return await self._server(app)
 
     async def _jwks(self, request: web.Request) -> web.Response:
         return web.Response(
@@ -474,6 +533,12 @@ class Edge:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
+        listener = await self._bare(await self._server(app), f"http://{self.config.edge.admin_listen}")
+        self._admin = listener
+        return listener.url
+
+    async def _server(self, app: web.Application) -> Callable[[], asyncio.BaseProtocol]:
+        """aiohttp's protocols for an application of ours without shares."""
         runner = web.AppRunner(
             app,
             access_log=log,
@@ -486,19 +551,22 @@ class Edge:
         self._cleanups.append(runner.cleanup)
         server = runner.server
         assert server is not None
-        listener = Listener(f"http://{self.config.edge.admin_listen}")
+        return server
+
+    async def _bare(self, handler: Callable[[], asyncio.BaseProtocol], url: str) -> Listener:
+        """Listen without shares and tunnels. Raises PortTaken, ConfigError."""
+        listener = Listener(url)
         lane = bare_lane()
         self._lanes.append(lane)
         house = House(
             lane=lane,
-            handler=server,
+            handler=handler,
             tunnel=lambda transport, head, rest: transport.abort(),
             pages=self.pages,
             refused=self._count_refused,
         )
         await listener.start(house.front)
-        self._admin = listener
-        return listener.url
+        return listener
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(
@@ -512,9 +580,11 @@ class Edge:
         faults: dict[str, str] = dict(self.plugins.health())
         if self._draining:
             faults["edge"] = "draining"
-        return web.json_response(
-            {"status": "not ready" if faults else "ready", "faults": faults}, status=503 if faults else 200
-        )
+        told: dict[str, Any] = {"status": "not ready" if faults else "ready", "faults": faults}
+        if self.acme is not None:
+            # Told, and no fault: an edge that is taken out of service cannot answer the challenge.
+            told["certificates"] = self.acme.status()
+        return web.json_response(told, status=503 if faults else 200)
 
 
 class _ServerLog(logging.LoggerAdapter[logging.Logger]):

@@ -76,6 +76,10 @@ class Metrics:
             "guestpass_refused", "Requests refused before any lane", ("status",), registry=self.registry
         )
 
+        self.acme_attempts = Counter(
+            "guestpass_acme_attempts", "Certificates ordered by ACME", ("outcome",), registry=self.registry
+        )
+
     def count_revocation(self, reason: str, seconds: float) -> None:
         self.revocations.labels(reason if reason in REASONS else "other").inc()
         self.revocation_seconds.observe(seconds)
