@@ -236,7 +236,7 @@ class AcmeSection(_Section):
     hook: tuple[str, ...] = ()  # for dns-01: a command and its arguments
     hook_seconds: float = Field(default=120, gt=0, le=3600)
     dns_seconds: float = Field(default=0, ge=0, le=3600)  # from the hook's end until the server may look
-    storage: Path = Path("acme")
+    storage: Path | None = None  # absent: `acme` beside the database
     ca: Path | None = None  # trust only this CA for `directory`
 
     @model_validator(mode="after")
@@ -330,6 +330,12 @@ class EdgeConfig(_Section):
     def resolve(self, path: Path) -> Path:
         """A path of this file, relative to it."""
         return self.folder / path
+
+    @property
+    def acme_storage(self) -> Path:
+        """Where certificates by ACME are kept."""
+        named = self.acme.storage if self.acme is not None else None
+        return self.resolve(named) if named is not None else self.database.parent / "acme"
 
     @property
     def database(self) -> Path:

@@ -69,7 +69,13 @@ class Clock:
 def settings(
     folder: Path, server: AcmeServer, *, hosts: tuple[str, ...] = (HOST,), **more: Any
 ) -> EdgeConfig:
-    section = {"hosts": hosts, "directory": server.directory, "email": "owner@example.org", **more}
+    section = {
+        "hosts": hosts,
+        "directory": server.directory,
+        "email": "owner@example.org",
+        "storage": "acme",
+        **more,
+    }
     edge = {
         "listen": [f"https://127.0.0.1:{free_port()}"],
         "redirect_listen": [f"http://127.0.0.1:{server.plain}"],

@@ -266,7 +266,7 @@ def certificate(config: EdgeConfig) -> Iterator[Check]:
     covered: list[str] = []
     found = list(certificates.sources(config))
     if config.acme is not None:
-        storage = Storage(config.resolve(config.acme.storage))
+        storage = Storage(config.acme_storage)
         for host in config.acme.hosts:
             source = storage.source(host)
             if source is not None:

@@ -242,7 +242,7 @@ class Acme:
         """`changed()` is called when there is a new certificate, `count(outcome)` after each attempt."""
         import_client()
         self.section = section
-        self.storage = Storage(config.resolve(section.storage))
+        self.storage = Storage(config.acme_storage)
         self.storage.prepare()
         self._config = config
         self._changed = changed
