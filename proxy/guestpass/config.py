@@ -246,9 +246,8 @@ class AcmeSection(_Section):
             raise ValueError(f'hosts: {wildcard} can be proven by challenge = "dns-01" only')
         if self.challenge == "dns-01" and not self.hook:
             raise ValueError('hook: challenge = "dns-01" needs a command that adds and removes TXT records')
-        if not self.directory.startswith(
-            ("https://", "http://127.0.0.1", "http://localhost", "http://[::1]")
-        ):
+        parts = urlsplit(self.directory)
+        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
             raise ValueError(f"directory: {self.directory!r} is not of the form https://…")
         return self
 

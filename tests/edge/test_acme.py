@@ -25,12 +25,13 @@ from cryptography import x509
 from support.acme_server import AcmeServer
 from support.programs import free_port, wait_until
 
+from guestpass.cli import doctor
 from guestpass.config import AcmeSection, EdgeConfig, load_edge, parse
 from guestpass.edge import acme as module
 from guestpass.edge.acme import Acme, AcmeFailed, Storage, check, run_hook
 from guestpass.edge.app import Edge
 from guestpass.errors import ConfigError
-from guestpass.local_ca import LocalCA
+from guestpass.local_ca import LocalCA, write_certificates
 
 HOST = "share.localhost"
 DAY = 86_400.0
@@ -118,14 +119,16 @@ class Run:
         assert config.acme is not None
         self.clock = Clock()
         self.changes = 0
+        self.serves = True
         self.outcomes: list[str] = []
         self.acme = Acme(
             config, config.acme, changed=self.changed, count=self.outcomes.append, now=self.clock
         )
 
-    def changed(self) -> None:
+    def changed(self) -> bool:
         self.changes += 1
         self.acme.sources()
+        return self.serves
 
     def serial(self, host: str = HOST) -> int:
         stored = self.acme.storage.stored(host)
@@ -452,6 +455,69 @@ async def test_only_one_process_orders(server: AcmeServer, tmp_path: Path) -> No
     assert other.changes >= 1
 
 
+async def test_a_new_certificate_that_cannot_be_served_yet(server: AcmeServer, tmp_path: Path) -> None:
+    """Another file of edge.toml has a fault just then: it is tried again until that is mended."""
+    run = Run(settings(tmp_path, server))
+    run.serves = False
+    async with answering(run.acme, server):
+        for _ in range(3):
+            await run.look()
+        assert (run.changes, run.outcomes) == (3, ["issued"])
+        run.serves = True
+        for _ in range(3):
+            await run.look()
+        assert (run.changes, run.outcomes) == (4, ["issued"])
+
+
+async def test_a_server_with_a_ca_of_its_own(tmp_path: Path) -> None:
+    ca, cert, key = write_certificates(tmp_path, ("127.0.0.1",))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    async with AcmeServer(plain=free_port(), tls=context) as server:
+        stranger = Run(settings(tmp_path, server))
+        await stranger.look()
+        assert stranger.outcomes == ["failed"]
+        assert "cannot be reached: SSLError" in stranger.acme.status()[HOST]
+        assert not server.seen
+        run = Run(settings(tmp_path, server, ca=str(ca)))
+        run.acme.hurry()
+        async with answering(run.acme, server):
+            await run.look()
+        assert run.outcomes == ["issued"]
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "aiohttp"])
+async def test_a_challenge_behind_a_proxy(server: AcmeServer, tmp_path: Path, fast: bool) -> None:
+    """Answered on the listeners for visitors as well, at the hosts of [acme] only, and only while there is one."""
+    server.faults.add("down")
+    plain = free_port()
+    edge = {"listen": (f"http://127.0.0.1:{plain}",), "redirect_listen": (), "fast_lane": fast}
+    config = settings(tmp_path, server)
+    config = config.model_copy(update={"edge": config.edge.model_copy(update=edge)})
+    running = Edge(config)
+    await running.start()
+    try:
+        assert running.acme is not None
+        path = f"/.well-known/acme-challenge/{'t' * 43}"
+        async with aiohttp.ClientSession() as session:
+
+            async def ask(host: str, method: str = "GET") -> tuple[int, str]:
+                url = f"http://127.0.0.1:{plain}{path}"
+                async with session.request(method, url, headers={"Host": host}) as found:
+                    return found.status, await found.text()
+
+            assert (await ask(HOST))[0] == 404
+            with running.acme.storage.challenge("t" * 43, "the answer"):
+                assert await ask(HOST) == (200, "the answer")
+                assert (await ask(HOST, "HEAD"))[0] == 200
+                assert (await ask(HOST, "POST"))[0] in (404, 405)
+                assert (await ask(f"abc.{HOST}"))[0] != 200
+                assert (await ask("evil.example"))[0] == 421
+            assert (await ask(HOST))[0] == 404
+    finally:
+        await running.stop()
+
+
 async def test_stopping_waits_for_no_server(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel accepts, and nobody answers
         fake = AcmeServer(plain=free_port())
@@ -479,6 +545,10 @@ async def test_stopping_waits_for_no_server(tmp_path: Path) -> None:
         ('hosts = ["192.0.2.1"]', "is not a host name like"),
         ('hosts = ["a b"]', "is not a host name like"),
         ('hosts = ["a.example"]\ndirectory = "http://ca.example/d"', "is not of the form https://"),
+        (
+            'hosts = ["a.example"]\ndirectory = "http://localhost.evil.example/d"',
+            "is not of the form https://",
+        ),
         ('hosts = ["a.example"]', '(key "edge.redirect_listen")'),
     ],
 )
@@ -498,6 +568,16 @@ def test_tokens_name_no_other_files(tmp_path: Path) -> None:
         assert storage.answer(token) is None
         with pytest.raises(AcmeFailed), storage.challenge(token, "x"):
             pass
+
+
+async def test_doctor_says_how_it_stands(server: AcmeServer, tmp_path: Path) -> None:
+    config = settings(tmp_path, server, hosts=(HOST, "other.localhost"))
+    run = Run(config)
+    async with answering(run.acme, server):
+        await run.acme._attempt(HOST)
+    found = [(check.status, check.detail) for check in doctor.certificate(config)]
+    assert ("warn", "other.localhost has none by ACME yet") in found
+    assert any(status == "ok" and "valid until" in detail for status, detail in found)
 
 
 def test_half_a_file_is_not_used(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import datetime
 import hashlib
 import json
 import secrets
+import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -77,9 +78,12 @@ class Order:
 class AcmeServer:
     """`async with AcmeServer(plain=PORT)`: http-01 is looked up at 127.0.0.1:PORT, dns-01 in the file `zone`."""
 
-    def __init__(self, *, plain: int = 0, zone: Path | None = None) -> None:
+    def __init__(
+        self, *, plain: int = 0, zone: Path | None = None, tls: ssl.SSLContext | None = None
+    ) -> None:
         self.plain = plain
         self.zone = zone
+        self.tls = tls
         self.lifetime = datetime.timedelta(days=90)
         self.faults: set[str] = set()
         self.accounts: dict[str, Account] = {}
@@ -107,9 +111,10 @@ class AcmeServer:
             app.router.add_post(f"/{name}/{{id}}", self._signed(name, handler))
         self._runner = web.AppRunner(app)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=self.tls)
         await site.start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        scheme = "http" if self.tls is None else "https"
+        self.url = f"{scheme}://127.0.0.1:{self._runner.addresses[0][1]}"
         return self
 
     async def __aexit__(self, *exc: object) -> None:

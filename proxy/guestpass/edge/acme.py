@@ -235,11 +235,12 @@ class Acme:
         config: EdgeConfig,
         section: AcmeSection,
         *,
-        changed: Callable[[], None],
+        changed: Callable[[], bool],
         count: Callable[[str], None] = lambda outcome: None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """`changed()` is called when there is a new certificate, `count(outcome)` after each attempt."""
+        """`changed()` is called when there is a new certificate, again and again until it says that it is served;
+        `count(outcome)` after each attempt."""
         import_client()
         self.section = section
         self.storage = Storage(config.acme_storage)
@@ -256,7 +257,6 @@ class Acme:
     def sources(self) -> list[Source]:
         """The certificates that there are, in the order of `hosts`."""
         found = [self.storage.source(host) for host in self.section.hosts]
-        self._seen = self._stamps()
         return [source for source in found if source is not None]
 
     def answer(self, host: str, target: str) -> str | None:
@@ -306,14 +306,18 @@ class Acme:
 
     async def look(self) -> None:
         """Once: attempt what is due, and serve what is new."""
-        if self._stamps() != self._seen:
-            self._changed()
+        self._serve()
         for host in self.section.hosts:
             if not self.due(host):
                 continue
             with self.storage.lock() as free:
                 if free and self.due(host):  # another process may have been quicker
                     await self._attempt(host)
+
+    def _serve(self) -> None:
+        stamps = self._stamps()
+        if stamps != self._seen and self._changed():
+            self._seen = stamps
 
     def due(self, host: str) -> bool:
         now = self._now()
@@ -343,7 +347,7 @@ class Acme:
             self._errors.pop(host, None)
             log.info("a new certificate for %s", host)
             self._count("issued")
-            self._changed()
+            self._serve()
         self.storage.set_attempts(attempts)
 
     def _stamps(self) -> dict[str, int]:

@@ -328,13 +328,15 @@ class Edge:
         self.certificates.load(config.file, (*certificates.sources(config), *issued))
         self._certified = config
 
-    def _serve_issued(self) -> None:
+    def _serve_issued(self) -> bool:
         """There are new certificates by ACME, and nobody asked for the other files to be read again: where one of those
-        has a fault by now, what is served stays."""
+        has a fault by now, what is served stays until it is mended."""
         try:
             self._load_certificates(self._certified)
         except GuestpassError as exc:
             log.error("a new certificate is not served: %s", exc)
+            return False
+        return True
 
     def _binding(self, transport: asyncio.BaseTransport) -> bytes | None:
         """What a gateway's proof on this connection must be bound to; None where the binding is switched off."""

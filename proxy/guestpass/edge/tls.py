@@ -267,9 +267,12 @@ class TlsServer:
 
     async def _start(self, connection: socket.socket) -> None:
         taken = False
+        name = None
         try:
-            async with asyncio.timeout(TLS_HANDSHAKE_TIMEOUT):
-                context = self._choose(await client_name(connection) if self._by_name() else None)
+            if self._by_name():
+                async with asyncio.timeout(TLS_HANDSHAKE_TIMEOUT):
+                    name = await client_name(connection)
+            context = self._choose(name)
             if context is None:
                 connection.send(UNRECOGNIZED_NAME)
                 connection.shutdown(socket.SHUT_WR)
