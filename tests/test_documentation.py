@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from guestpass.config import (
+    AcmeSection,
     EdgeConfig,
     EdgeSection,
     GatewayConfig,
@@ -57,6 +58,7 @@ def keys(model: type[BaseModel]) -> set[str]:
     [
         ("edge.md", "`[edge]`", EdgeSection),
         ("edge.md", "`[mail]`", Mail),
+        ("edge.md", "`[acme]`", AcmeSection),
         ("gateway.md", "`[gateway]`", GatewaySection),
         ("gateway.md", "`[services.NAME]`", Service),
     ],
@@ -69,6 +71,7 @@ def test_every_key_is_documented_and_no_other(page: str, heading: str, model: ty
     ("page", "heading", "model"),
     [
         ("edge.md", "`[edge]`", EdgeSection),
+        ("edge.md", "`[acme]`", AcmeSection),
         ("gateway.md", "`[gateway]`", GatewaySection),
         ("gateway.md", "`[services.NAME]`", Service),
     ],
@@ -134,7 +137,11 @@ def test_plugin_sections_and_their_defaults() -> None:
 def test_every_metric_is_documented() -> None:
     metrics = Metrics()
     metrics.watch(
-        grants=lambda: 0, streams=lambda: 0, tunnels=lambda: [("s", "g", 1, 0.1)], tunnel_bytes=lambda: (0, 0)
+        grants=lambda: 0,
+        streams=lambda: 0,
+        tunnels=lambda: [("s", "g", 1, 0.1)],
+        tunnel_bytes=lambda: (0, 0),
+        certificates=lambda: [("share.example.com", 1.0)],
     )
     page = text("operations.md")
     for family in metrics.registry.collect():

@@ -29,10 +29,13 @@ from pydantic import (
 )
 
 from guestpass.errors import ConfigError
-from guestpass.hosts import is_loopback
+from guestpass.hosts import is_address, is_loopback
 
 # A name stands in file names, metrics labels and the OPEN frame: short and plain.
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
+
+# RFC 1123 labels; what stands in a certificate.
+HOST = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 DURATION_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -115,6 +118,11 @@ def _listen(value: str) -> str:
     return value
 
 
+def _plain_listen(value: str) -> str:
+    _url_parts(value, "http://HOST:PORT", schemes=("http",))
+    return value
+
+
 def _host_port(value: str) -> str:
     if _url_parts("//" + value, "HOST:PORT", schemes=("",)).port is None:
         raise ValueError(f"{value!r} is not of the form HOST:PORT")
@@ -147,16 +155,34 @@ class Tls(_Section):
     key: Path
 
 
+def _host(value: str) -> str:
+    """A host name, or a wildcard for one label below it, in lower case."""
+    name = value.lower().removesuffix(".")
+    if not HOST.fullmatch(name.removeprefix("*.")) or is_address(name):
+        raise ValueError(f"{value!r} is not a host name like share.example.com or *.share.example.com")
+    return name
+
+
+class HostCertificate(Tls):
+    """`[[edge.certificate]]`: one more certificate, for the names in it or for `hosts` only."""
+
+    hosts: tuple[Annotated[str, AfterValidator(_host)], ...] = ()
+
+
 class EdgeSection(_Section):
     """`[edge]`"""
 
     name: str = "guestpass"  # who the gateways believe to talk to; part of what their proof signs
     listen: tuple[Annotated[str, AfterValidator(_listen)], ...] = ("http://127.0.0.1:8080",)
+    # Plain HTTP on any address: answers ACME's challenges, sends everything else to https, and does nothing more.
+    redirect_listen: tuple[Annotated[str, AfterValidator(_plain_listen)], ...] = ()
     admin_listen: Annotated[str, AfterValidator(_host_port)] = "127.0.0.1:8081"
     public_url: Annotated[str, AfterValidator(_origin)] = "http://localhost:8080"
     share_domain: Annotated[str, AfterValidator(_share_domain)] = "localhost:8080"
     state: str = "sqlite:///edge.db"
     tls: Tls | None = None
+    certificate: tuple[HostCertificate, ...] = ()  # besides `tls`; clients say by name which one they want
+    hsts_seconds: int = Field(default=63_072_000, ge=0)  # Strict-Transport-Security; 0: none
     insecure: bool = False  # plain http:// on other than loopback addresses
     trusted_proxies: tuple[Network, ...] = ()
     workers: int = Field(default=1, ge=1)
@@ -165,6 +191,8 @@ class EdgeSection(_Section):
     # Where gateways may go while this edge is drained, besides the edges that they know themselves.
     other_edges: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()
     api_key: Secret | None = None  # absent: made at the first start, in `api.key` beside the state
+    # A key signs assertions for so long; 0: until `guestpass keys rotate`. A day is more than a rotation takes.
+    assertion_key_days: float = Field(default=90, ge=0, le=3650)
     owner: str = "The owner of this Guestpass"  # who shares, on the link page, unless a share says otherwise
     outbox: Path = Path("outbox")  # where mail is written when there is no [mail]
     memory_budget: int = Field(default=512 << 20, ge=16 << 20)  # bytes of receive windows of all tunnels
@@ -176,13 +204,13 @@ class EdgeSection(_Section):
     def _consistent(self) -> EdgeSection:
         for url in self.listen:
             parts = urlsplit(url)
-            if parts.scheme == "https" and self.tls is None:
-                raise ValueError(f"listen: {url} needs tls = {{ cert = …, key = … }}")
             if parts.scheme == "http" and not self.insecure and not is_loopback(parts.hostname or ""):
                 raise ValueError(
                     f"listen: {url} is plain HTTP on an address that is not loopback: "
                     "use https, or set insecure = true"
                 )
+        if 0 < self.assertion_key_days < 1:
+            raise ValueError("assertion_key_days: a key signs for at least 1 day; 0 switches rotation off")
         if self.workers != 1:
             raise ValueError("workers: this version runs one worker; set workers = 1")
         if not self.state.startswith("sqlite:///"):
@@ -196,6 +224,32 @@ class Mail(_Section):
     smtp: str  # smtp[s]://[user:password@]host[:port][?tls=starttls|none|tls]
     sender: str = Field(alias="from")
     password: Secret | None = None  # instead of one in the URL
+
+
+class AcmeSection(_Section):
+    """`[acme]`: absent means certificates from files only."""
+
+    hosts: tuple[Annotated[str, AfterValidator(_host)], ...] = Field(min_length=1)
+    directory: str = "https://acme-v02.api.letsencrypt.org/directory"
+    email: str = ""
+    challenge: Literal["http-01", "dns-01"] = "http-01"
+    hook: tuple[str, ...] = ()  # for dns-01: a command and its arguments
+    hook_seconds: float = Field(default=120, gt=0, le=3600)
+    dns_seconds: float = Field(default=0, ge=0, le=3600)  # from the hook's end until the server may look
+    storage: Path | None = None  # absent: `acme` beside the database
+    ca: Path | None = None  # trust only this CA for `directory`
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AcmeSection:
+        wildcard = next((host for host in self.hosts if host.startswith("*.")), None)
+        if self.challenge == "http-01" and wildcard is not None:
+            raise ValueError(f'hosts: {wildcard} can be proven by challenge = "dns-01" only')
+        if self.challenge == "dns-01" and not self.hook:
+            raise ValueError('hook: challenge = "dns-01" needs a command that adds and removes TXT records')
+        parts = urlsplit(self.directory)
+        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
+            raise ValueError(f"directory: {self.directory!r} is not of the form https://…")
+        return self
 
 
 class PluginSection(BaseModel):
@@ -245,6 +299,7 @@ class EdgeConfig(_Section):
 
     edge: EdgeSection = EdgeSection()
     mail: Mail | None = None
+    acme: AcmeSection | None = None
     authenticate: PluginSections = (PluginSection(use="email-code"), PluginSection(use="bearer-token"))
     revoke: PluginSections = (PluginSection(use="share-state"),)
     choose: PluginSections = (PluginSection(use="random"),)
@@ -253,6 +308,20 @@ class EdgeConfig(_Section):
     observe: PluginSections = (PluginSection(use="audit-log"),)
     file: Path = Field(default=Path("edge.toml"), exclude=True)
 
+    @model_validator(mode="after")
+    def _consistent(self) -> EdgeConfig:
+        edge = self.edge
+        for url in edge.listen:
+            if url.startswith("https:") and edge.tls is None and not edge.certificate and self.acme is None:
+                raise ValueError(f'{url} needs tls = {{ cert = …, key = … }} (key "edge.listen")')
+        plain = edge.redirect_listen or any(url.startswith("http:") for url in edge.listen)
+        if self.acme is not None and self.acme.challenge == "http-01" and not plain:
+            raise ValueError(
+                'challenge = "http-01" is answered on port 80: set redirect_listen = ["http://0.0.0.0:80"] '
+                '(key "edge.redirect_listen")'
+            )
+        return self
+
     @property
     def folder(self) -> Path:
         return self.file.parent
@@ -260,6 +329,12 @@ class EdgeConfig(_Section):
     def resolve(self, path: Path) -> Path:
         """A path of this file, relative to it."""
         return self.folder / path
+
+    @property
+    def acme_storage(self) -> Path:
+        """Where certificates by ACME are kept."""
+        named = self.acme.storage if self.acme is not None else None
+        return self.resolve(named) if named is not None else self.database.parent / "acme"
 
     @property
     def database(self) -> Path:

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from guestpass.cli import doctor, edge, gateway, plugin, share, up, version
+from guestpass.cli import doctor, edge, gateway, keys, plugin, share, up, version
 from guestpass.cli.output import Output
 from guestpass.cli.parser import Parser, json_option
 from guestpass.errors import GuestpassError, UsageError
@@ -36,7 +36,7 @@ def build_parser() -> Parser:
         parents=[json_option()],
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for module in (up, edge, gateway, share, plugin, doctor, version):
+    for module in (up, edge, gateway, share, plugin, keys, doctor, version):
         module.add(commands)
     return parser
 

@@ -11,6 +11,7 @@ import socket
 import sqlite3
 import ssl
 import stat
+import time
 import tomllib
 import urllib.request
 from collections.abc import Iterator
@@ -148,8 +149,7 @@ def _edge(config: EdgeConfig) -> Iterator[Check]:
     yield _store(config, running)
     for url in [*config.edge.listen, f"http://{config.edge.admin_listen}"]:
         yield _port(url, running)
-    if config.edge.tls is not None:
-        yield from certificate(config)
+    yield from certificate(config)
 
 
 def _running(config: EdgeConfig) -> bool:
@@ -259,56 +259,68 @@ def _port(url: str, running: bool) -> Check:
 
 
 def certificate(config: EdgeConfig) -> Iterator[Check]:
-    """The certificate and key of `[edge] tls`: they load, belong together, are valid, and cover our names."""
-    from datetime import UTC, datetime
+    """Certificates and keys: they load, belong together, are valid, and cover our names."""
+    from guestpass.edge import certificates
+    from guestpass.edge.acme import Storage
 
-    from cryptography import x509
-
-    from guestpass.edge.app import load_certificate
-
-    assert config.edge.tls is not None
-    path = config.resolve(config.edge.tls.cert)
-    try:
-        load_certificate(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), config, config.edge.tls)
-        leaf = x509.load_pem_x509_certificates(path.read_bytes())[0]
-    except GuestpassError as exc:
-        yield Check("certificate", FAIL, exc.message, exc.hint)
+    covered: list[str] = []
+    found = list(certificates.sources(config))
+    if config.acme is not None:
+        storage = Storage(config.acme_storage)
+        for host in config.acme.hosts:
+            source = storage.source(host)
+            if source is not None:
+                found.append(source)
+            else:
+                text = f"{host} has none by ACME yet"
+                yield Check(
+                    "certificate", WARN, text, "The edge orders it when it runs; its log says how it went."
+                )
+    for source in found:
+        try:
+            loaded = certificates.load(source, config.file)
+        except GuestpassError as exc:
+            yield Check("certificate", FAIL, exc.message, exc.hint)
+            return
+        yield _validity(source.cert, loaded.begins, loaded.expires)
+        if not loaded.hosts:
+            yield Check(
+                "certificate names",
+                FAIL,
+                f"{source.cert} names no host",
+                "Ask for one with subject alternative names.",
+            )
+        covered += loaded.hosts
+    if not covered:
         return
-    now = datetime.now(UTC)
-    left = (leaf.not_valid_after_utc - now).total_seconds()
-    if leaf.not_valid_before_utc > now:
-        begins = f"{path} is not valid before {leaf.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
-        yield Check("certificate", FAIL, begins, "Check this machine's clock.")
-    elif left < EXPIRY_WARN:
-        ends = f"{path} {'expired' if left <= 0 else 'expires'} on {leaf.not_valid_after_utc:%Y-%m-%d}"
-        yield Check("certificate", FAIL if left <= 0 else WARN, ends, "Renew it, then send the edge SIGHUP.")
-    else:
-        yield Check(
-            "certificate", OK, f"{path} and its key fit, valid until {leaf.not_valid_after_utc:%Y-%m-%d}"
-        )
-    try:
-        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        yield Check(
-            "certificate names", FAIL, f"{path} names no host", "Ask for one with subject alternative names."
-        )
-        return
-    covered = {name.lower() for name in names.get_values_for_type(x509.DNSName)}
-    covered |= {str(address) for address in names.get_values_for_type(x509.IPAddress)}
     wanted = []
     if config.edge.public_url.startswith("https:"):
         host = urlsplit(config.edge.public_url).hostname or ""
         wanted = [host, f"*.{urlsplit('//' + config.edge.share_domain).hostname}"]
-    absent = [name for name in wanted if name not in covered and "*." + name.partition(".")[2] not in covered]
+    absent = [name for name in wanted if not certificates.covers(covered, name)]
     if absent:
         yield Check(
             "certificate names",
             WARN,
-            f"{path} does not cover {' and '.join(absent)}",
-            "Shares live below share_domain: the certificate needs that wildcard, unless another proxy ends TLS.",
+            f"{' and '.join(str(source.cert) for source in found)} does not cover {' and '.join(absent)}",
+            "Shares live below share_domain: a certificate needs that wildcard, unless another proxy ends TLS.",
         )
     else:
         yield Check("certificate names", OK, ", ".join(sorted(covered)))
+
+
+def _validity(path: Path, begins: float, expires: float) -> Check:
+    from datetime import UTC, datetime
+
+    first, last = datetime.fromtimestamp(begins, UTC), datetime.fromtimestamp(expires, UTC)
+    left = expires - time.time()
+    if begins > time.time():
+        text = f"{path} is not valid before {first:%Y-%m-%d %H:%M} UTC"
+        return Check("certificate", FAIL, text, "Check this machine's clock.")
+    if left < EXPIRY_WARN:
+        text = f"{path} {'expired' if left <= 0 else 'expires'} on {last:%Y-%m-%d}"
+        return Check("certificate", FAIL if left <= 0 else WARN, text, "Renew it, then send the edge SIGHUP.")
+    return Check("certificate", OK, f"{path} and its key fit, valid until {last:%Y-%m-%d}")
 
 
 def _gateway(config: GatewayConfig) -> Iterator[Check]:

@@ -78,6 +78,8 @@ OWN_KEYS = (
     "share_domain",
     "state",
     "tls",
+    "certificate",
+    "redirect_listen",
     "api_key",
     "fast_lane",
     "outbox",

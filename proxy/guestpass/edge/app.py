@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import secrets
-import ssl
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -25,11 +24,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from guestpass import config as configuration
 from guestpass.config import EdgeConfig, PluginSection
 from guestpass.daemon import Signals, reloading
+from guestpass.edge import certificates
 from guestpass.edge import headers as h
+from guestpass.edge.acme import Acme
 from guestpass.edge.admission import Admission
 from guestpass.edge.api import Api
 from guestpass.edge.api import routes as api_routes
-from guestpass.edge.assertion import Signer, write_private
+from guestpass.edge.assertion import Signer
+from guestpass.edge.certificates import Certificates
 from guestpass.edge.console import Console
 from guestpass.edge.events import EventHub
 from guestpass.edge.front import HANDLER_KEEPALIVE, Answered, FastLane, House, bare_lane
@@ -41,8 +43,10 @@ from guestpass.edge.origins import Origins
 from guestpass.edge.pages import Pages
 from guestpass.edge.plugins import PluginSet
 from guestpass.edge.relay import Relay
-from guestpass.edge.tunnels import Tunnels, own_certificate_hash
+from guestpass.edge.signing_keys import JWKS_SECONDS, KeyRing, write_private
+from guestpass.edge.tunnels import Tunnels
 from guestpass.errors import ConfigError, GuestpassError
+from guestpass.hosts import is_loopback
 from guestpass.model import Revocation, Revoked
 from guestpass.plugin import Client
 from guestpass.shares.bus import Bus
@@ -89,8 +93,9 @@ class Edge:
         self._admin: Listener | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._cleanups: list[Callable[[], Awaitable[None]]] = []
-        self._tls: ssl.SSLContext | None = None
-        self._certificate_hash = b""
+        self.certificates = Certificates()
+        self._certified = config  # the one whose certificates are served: a reload changes it
+        self.acme: Acme | None = None
         self._draining = False
 
     async def start(self) -> dict[str, Any]:
@@ -111,10 +116,22 @@ class Edge:
                 f'{config.file}: cannot make the folder {state}: {exc.strerror} (key "edge.state")'
             ) from exc
         self.origins = Origins(edge.public_url, edge.share_domain)
-        self._load_tls()
+        # Not on a developer's machine: a browser keeps it for all ports of the name, other servers' too.
+        public = not is_loopback(urlsplit(edge.public_url).hostname or "")
+        self._hsts = f"max-age={edge.hsts_seconds}" if public and edge.hsts_seconds else ""
         self.metrics = Metrics()
+        if config.acme is not None:
+            self.acme = Acme(
+                config,
+                config.acme,
+                changed=self._serve_issued,
+                count=lambda outcome: self.metrics.acme_attempts.labels(outcome).inc(),
+            )
+        self._load_certificates(config)
         self.plugins = PluginSet.load(with_notifiers(config), observe_hook=self.metrics.observe_hook)
-        self.signer = Signer(state / "assertion.key", edge.public_url)
+        self.keys = KeyRing(state, days=edge.assertion_key_days)
+        self.keys.open(time.time())
+        self.signer = Signer(self.keys, edge.public_url)
         api_key, api_key_file = self._api_key(state)
 
         store = await Store.open(config.database, restored=self._restored)
@@ -181,6 +198,7 @@ class Edge:
             streams=lambda: self.grants.all_streams,
             tunnels=lambda: [(s.site, s.name, s.tunnels, s.rtt) for s in self.tunnels.status()],
             tunnel_bytes=lambda: (self.tunnels.bytes_received, self.tunnels.bytes_sent),
+            certificates=self.certificates.expiries,
         )
         await self.plugins.start(
             service,
@@ -221,9 +239,14 @@ class Edge:
         )
         admin_url = await self._admin_app()
         for url in edge.listen:
-            listener = Listener(url, self._tls)
+            listener = Listener(url, self.certificates)
             await listener.start(self.house.front)
             self._listeners.append(listener)
+        for url in edge.redirect_listen:
+            self._listeners.append(await self._bare(await self._plain_server(), url))
+        if self.acme is not None:
+            await self.acme.start()
+            self._cleanups.append(self.acme.stop)
         self._tasks.append(asyncio.create_task(self._sweep(), name="sweep"))
         return {
             "edge": edge.public_url,
@@ -282,16 +305,16 @@ class Edge:
     def _reload(self) -> None:
         try:
             fresh = configuration.load_edge(self.config.file)
-            if fresh.edge.tls is not None and self._tls is not None:
-                # First where nobody is served: a key that does not fit would leave the context without any.
-                load_certificate(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), fresh, fresh.edge.tls)
-                load_certificate(self._tls, fresh, fresh.edge.tls)
-                self._certificate_hash = own_certificate_hash(fresh.resolve(fresh.edge.tls.cert))
+            self._load_certificates(fresh)
+            self.keys.tick(time.time())
+            if self.acme is not None:
+                self.acme.hurry()
             elsewhere = [
                 f"{prefix}{name}"
                 for prefix, new, old in (("edge.", fresh.edge, self.config.edge), ("", fresh, self.config))
                 for name in sorted(type(new).model_fields)
-                if name not in ("edge", "file", "tls") and getattr(new, name) != getattr(old, name)
+                if name not in ("edge", "file", "tls", "certificate")
+                and getattr(new, name) != getattr(old, name)
             ]
             if elsewhere:
                 log.warning("reload: a restart is needed for changes of: %s", ", ".join(elsewhere))
@@ -301,16 +324,21 @@ class Edge:
 
     # ── parts of start ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def _load_tls(self) -> None:
-        tls = self.config.edge.tls
-        if tls is None:
-            return
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_alpn_protocols(["http/1.1"])
-        load_certificate(context, self.config, tls)
-        self._tls = context
-        self._certificate_hash = own_certificate_hash(self.config.resolve(tls.cert))
+    def _load_certificates(self, config: EdgeConfig) -> None:
+        """Raises ConfigError, and keeps those that are served."""
+        issued = self.acme.sources() if self.acme is not None else []
+        self.certificates.load(config.file, (*certificates.sources(config), *issued))
+        self._certified = config
+
+    def _serve_issued(self) -> bool:
+        """There are new certificates by ACME, and nobody asked for the other files to be read again: where one of those
+        has a fault by now, what is served stays until it is mended."""
+        try:
+            self._load_certificates(self._certified)
+        except GuestpassError as exc:
+            log.error("a new certificate is not served: %s", exc)
+            return False
+        return True
 
     def _binding(self, transport: asyncio.BaseTransport) -> bytes | None:
         """What a gateway's proof on this connection must be bound to; None where the binding is switched off."""
@@ -318,7 +346,7 @@ class Edge:
             return None
         if self.config.edge.tunnel_certificate_hash is not None:
             return bytes.fromhex(self.config.edge.tunnel_certificate_hash)
-        return self._certificate_hash if transport.get_extra_info("sslcontext") is not None else b""
+        return self.certificates.hash_of(transport.get_extra_info("sslcontext"))
 
     def _api_key(self, state: Path) -> tuple[str, Path | None]:
         secret = self.config.edge.api_key
@@ -342,12 +370,16 @@ class Edge:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             self.grants.sweep()
-            try:
-                await self.service.sweep()
-            except GuestpassError as exc:
-                log.warning("sweep: %s", exc)
-            except Exception:  # a loop that ended would never clear anything again
-                log.exception("sweep")
+            for sweep in (self.service.sweep, self._turn_keys):
+                try:
+                    await sweep()
+                except GuestpassError as exc:
+                    log.warning("sweep: %s", exc)
+                except Exception:  # a loop that ended would never clear anything again
+                    log.exception("sweep")
+
+    async def _turn_keys(self) -> None:
+        await asyncio.to_thread(self.keys.tick, time.time())
 
     # ── HTTP ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -374,7 +406,7 @@ class Edge:
             lingering_time=LINGER,
             shutdown_timeout=1.0,
         )
-        app.on_response_prepare.append(_without_versions)
+        app.on_response_prepare.append(self._own_fields)
         await runner.setup()
         self._cleanups.append(runner.cleanup)
         server = runner.server
@@ -426,6 +458,9 @@ class Edge:
         # A trusted proxy ends TLS for us; what it was spoken to as is our public scheme.
         proxied = h.within(peer, self.config.edge.trusted_proxies)
         request[SCHEME] = "https" if request.secure else self.origins.scheme if proxied else "http"
+        challenge = self._challenge(request)
+        if challenge is not None:
+            return challenge
         share_id = self.origins.share_of(request.host)
         if share_id is not None:
             request[SHARE_ID] = share_id
@@ -438,14 +473,51 @@ class Edge:
             raise web.HTTPNotFound
         return await handler(request)
 
+    async def _own_fields(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Of all answers of our own; the first on each host is one. The relay's are written elsewhere."""
+        response.headers["Server"] = (
+            "Guestpass"  # otherwise aiohttp says which Python and which aiohttp this is
+        )
+        if self._hsts and request.get(SCHEME) == "https":
+            response.headers["Strict-Transport-Security"] = self._hsts
+
     def _count_refused(self, status: int) -> None:
         self.metrics.refused.labels(str(status)).inc()
 
+    def _challenge(self, request: web.Request) -> web.Response | None:
+        """The answer to a challenge of ACME that is under way."""
+        text = self.acme.answer(request.host, request.raw_path) if self.acme is not None else None
+        if text is None or request.method not in ("GET", "HEAD"):
+            return None
+        return web.Response(body=text.encode("ascii"), content_type="application/octet-stream")
+
+    async def _plain_server(self) -> Callable[[], asyncio.BaseProtocol]:
+        """For `redirect_listen`: challenges, and the way to https."""
+
+        async def answer(request: web.Request) -> web.StreamResponse:
+            challenge = self._challenge(request)
+            if challenge is not None:
+                return challenge
+            name = urlsplit("//" + request.host).hostname or ""
+            origin = self.origins.named(name)
+            if origin is None:
+                return self.pages.error(421, request=request)
+            if request.method not in ("GET", "HEAD"):
+                # Sent again over https it would be too late: what it holds has passed in the clear.
+                return self.pages.error(403, request=request, message="This is spoken over https only.")
+            headers = {"Location": origin + request.raw_path, "Cache-Control": "no-store"}
+            return web.Response(status=308, headers=headers)
+
+        app = web.Application(client_max_size=MAX_OWN_BODY)
+        app.router.add_route("*", "/{path:.*}", answer)
+        app.on_response_prepare.append(self._own_fields)
+        return await self._server(app)
+
     async def _jwks(self, request: web.Request) -> web.Response:
         return web.Response(
-            body=orjson.dumps(self.signer.jwks),
+            body=orjson.dumps(self.keys.jwks),
             content_type="application/json",
-            headers={"Cache-Control": "public, max-age=300"},
+            headers={"Cache-Control": f"public, max-age={JWKS_SECONDS}"},
         )
 
     async def _admin_app(self) -> str:
@@ -465,6 +537,12 @@ class Edge:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
+        listener = await self._bare(await self._server(app), f"http://{self.config.edge.admin_listen}")
+        self._admin = listener
+        return listener.url
+
+    async def _server(self, app: web.Application) -> Callable[[], asyncio.BaseProtocol]:
+        """aiohttp's protocols for an application of ours without shares."""
         runner = web.AppRunner(
             app,
             access_log=log,
@@ -477,19 +555,22 @@ class Edge:
         self._cleanups.append(runner.cleanup)
         server = runner.server
         assert server is not None
-        listener = Listener(f"http://{self.config.edge.admin_listen}", None)
+        return server
+
+    async def _bare(self, handler: Callable[[], asyncio.BaseProtocol], url: str) -> Listener:
+        """Listen without shares and tunnels. Raises PortTaken, ConfigError."""
+        listener = Listener(url)
         lane = bare_lane()
         self._lanes.append(lane)
         house = House(
             lane=lane,
-            handler=server,
+            handler=handler,
             tunnel=lambda transport, head, rest: transport.abort(),
             pages=self.pages,
             refused=self._count_refused,
         )
         await listener.start(house.front)
-        self._admin = listener
-        return listener.url
+        return listener
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(
@@ -503,14 +584,11 @@ class Edge:
         faults: dict[str, str] = dict(self.plugins.health())
         if self._draining:
             faults["edge"] = "draining"
-        return web.json_response(
-            {"status": "not ready" if faults else "ready", "faults": faults}, status=503 if faults else 200
-        )
-
-
-async def _without_versions(request: web.Request, response: web.StreamResponse) -> None:
-    """Otherwise aiohttp says which Python and which aiohttp this is."""
-    response.headers["Server"] = "Guestpass"
+        told: dict[str, Any] = {"status": "not ready" if faults else "ready", "faults": faults}
+        if self.acme is not None:
+            # Told, and no fault: an edge that is taken out of service cannot answer the challenge.
+            told["certificates"] = self.acme.status()
+        return web.json_response(told, status=503 if faults else 200)
 
 
 class _ServerLog(logging.LoggerAdapter[logging.Logger]):
@@ -547,21 +625,6 @@ def with_notifiers(config: EdgeConfig) -> EdgeConfig:
     else:
         section = PluginSection(use="outbox", folder=str(config.resolve(config.edge.outbox).absolute()))
     return config.model_copy(update={"notify": (section,)})
-
-
-def load_certificate(context: ssl.SSLContext, config: EdgeConfig, tls: configuration.Tls) -> None:
-    """Raises ConfigError that names the file."""
-    cert, key = config.resolve(tls.cert), config.resolve(tls.key)
-    for path in (cert, key):
-        if not path.is_file():
-            raise ConfigError(f'{config.file}: there is no file {path} (key "edge.tls")')
-    try:
-        context.load_cert_chain(cert, key)
-    except (ssl.SSLError, OSError) as exc:
-        raise ConfigError(
-            f'{config.file}: {cert} and {key} do not load: {exc} (key "edge.tls")',
-            hint="Both are PEM, the key belongs to the first certificate and has no pass phrase.",
-        ) from exc
 
 
 def _secret_file(path: Path, prefix: str = "") -> str:

@@ -1,52 +1,27 @@
-"""Signed identity towards the application: `X-Guestpass-Assertion`, an EdDSA JWT (RFC 8037), and its JWKS.
+"""Signed identity towards the application: `X-Guestpass-Assertion`, an EdDSA JWT (RFC 8037).
 
-An application that trusts nothing on its network verifies the assertion; one that is reached by the gateway alone may
-read `X-Guestpass-Email`.
+An application that trusts nothing on its network verifies the assertion with the key set at `/.well-known/jwks.json`;
+one that is reached by the gateway alone may read `X-Guestpass-Email`. The keys are `guestpass.edge.signing_keys`.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import os
-import secrets
-from pathlib import Path
-from typing import Any
-
 import jwt
-import orjson
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from guestpass.edge.grants import Grant
-from guestpass.errors import ConfigError
+from guestpass.edge.signing_keys import LIFETIME, KeyRing
 
-# An assertion is made for a session and reused: long enough that signing costs nothing per request, short enough
-# that one that leaks from an application's log is soon worthless.
-LIFETIME = 600.0
-REUSE = 300.0
+# An assertion is made for a session and reused: signing costs nothing per request, and whoever gets one has half of
+# its life left.
+REUSE = LIFETIME / 2
 
 
 class Signer:
-    """Signs assertions with the key in `path` (PKCS8 PEM, made when absent, mode 0600). Raises ConfigError."""
+    """Signs assertions with the keys of `ring`."""
 
-    def __init__(self, path: Path, issuer: str) -> None:
+    def __init__(self, ring: KeyRing, issuer: str) -> None:
+        self.ring = ring
         self._issuer = issuer
-        self._key = _load_or_make(path)
-        public = self._key.public_key().public_bytes(
-            serialization.Encoding.Raw, serialization.PublicFormat.Raw
-        )
-        x = base64.urlsafe_b64encode(public).rstrip(b"=").decode("ascii")
-        # RFC 7638 thumbprint of an OKP key (RFC 8037 §2): members in lexicographic order, no white space.
-        canonical = orjson.dumps({"crv": "Ed25519", "kty": "OKP", "x": x})
-        self.key_id = (
-            base64.urlsafe_b64encode(hashlib.sha256(canonical).digest()).rstrip(b"=").decode("ascii")
-        )
-        self.jwks: dict[str, Any] = {
-            "keys": [
-                {"kty": "OKP", "crv": "Ed25519", "x": x, "kid": self.key_id, "use": "sig", "alg": "EdDSA"}
-            ]
-        }
 
     def sign(self, grant: Grant, now: float) -> str:
         claims = {
@@ -59,7 +34,8 @@ class Signer:
             "iat": int(now),
             "exp": int(now + LIFETIME),
         }
-        return jwt.encode(claims, self._key, algorithm="EdDSA", headers={"kid": self.key_id})
+        key = self.ring.current(now)
+        return jwt.encode(claims, key.key, algorithm="EdDSA", headers={"kid": key.id})
 
     def fields(self, grant: Grant, now: float) -> bytes:
         """The identity fields as complete lines, kept in the grant while they are fresh."""
@@ -71,49 +47,3 @@ class Signer:
             ).encode("ascii")
             grant.headers_until = now + REUSE
         return grant.headers
-
-
-def _load_or_make(path: Path) -> Ed25519PrivateKey:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        key = Ed25519PrivateKey.generate()
-        pem = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        write_private(path, pem)
-        return key
-    except OSError as exc:
-        raise ConfigError(
-            f"cannot read the signing key {path}: {exc.strerror}", hint="Check its rights."
-        ) from exc
-    try:
-        loaded = serialization.load_pem_private_key(data, None)
-    except ValueError as exc:
-        raise ConfigError(
-            f"{path} is not a PEM private key", hint="Remove it to have a new one made."
-        ) from exc
-    if not isinstance(loaded, Ed25519PrivateKey):
-        raise ConfigError(f"{path} is not an Ed25519 key", hint="Remove it to have a new one made.")
-    return loaded
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Write a new secret file with mode 0600, whole or not at all. Raises ConfigError."""
-    # Not by the process's id: in a container that is the same at each start, and what a crash left would be in the way.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.write(descriptor, data)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.rename(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as exc:
-        raise ConfigError(f"cannot write {path}: {exc.strerror}", hint="Check the folder's rights.") from exc

@@ -183,7 +183,9 @@ class Console:
         """Raises HTTPSeeOther to the sign-in page."""
         owner = self._owner(request)
         if owner is None:
-            raise web.HTTPSeeOther(SIGN_IN, headers={"Cache-Control": "no-store"})
+            raise web.HTTPSeeOther(
+                SIGN_IN, headers={"Cache-Control": "no-store", "Referrer-Policy": "same-origin"}
+            )
         return owner
 
     async def _posted(self, request: web.Request, owner: _Owner) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Listening sockets of the edge. What is accepted belongs to `guestpass.edge.front`.
 
-Plain sockets are the event loop's own, TLS sockets aiofastnet's: see `guestpass.loop`.
+Plain sockets are the event loop's own, TLS sockets aiofastnet's: see `guestpass.loop` and `guestpass.edge.tls`.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-import ssl
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from guestpass import loop
+from guestpass.edge.certificates import Certificates
+from guestpass.edge.tls import TlsServer
 from guestpass.errors import ConfigError, PortTaken
 
 # Connections that wait in the kernel for accept().
@@ -22,14 +23,14 @@ BACKLOG = 1024
 class Listener:
     """One `listen` URL of edge.toml."""
 
-    def __init__(self, url: str, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, url: str, certificates: Certificates | None = None) -> None:
         parts = urlsplit(url)
         self.scheme = parts.scheme
         self._host = parts.hostname or ""
         default_port = 443 if parts.scheme == "https" else 80
         self._port = parts.port if parts.port is not None else default_port
-        self._tls = tls if parts.scheme == "https" else None
-        self._server: asyncio.AbstractServer | None = None
+        self._certificates = certificates if parts.scheme == "https" else None
+        self._server: asyncio.AbstractServer | TlsServer | None = None
         self.url = url
 
     async def start(self, front: Callable[[], asyncio.BaseProtocol]) -> None:
@@ -38,7 +39,11 @@ class Listener:
         self._port = sock.getsockname()[1]
         host = f"[{self._host}]" if ":" in self._host else self._host
         self.url = f"{self.scheme}://{host}:{self._port}"
-        self._server = await loop.create_server(front, sock=sock, ssl=self._tls, backlog=BACKLOG)
+        certificates = self._certificates
+        if certificates is None:
+            self._server = await loop.create_server(front, sock=sock, backlog=BACKLOG)
+        else:
+            self._server = TlsServer(sock, front, certificates.choose, lambda: certificates.several)
 
     def close(self) -> None:
         """Stop accepting; open connections stay."""

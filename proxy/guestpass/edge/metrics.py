@@ -76,6 +76,10 @@ class Metrics:
             "guestpass_refused", "Requests refused before any lane", ("status",), registry=self.registry
         )
 
+        self.acme_attempts = Counter(
+            "guestpass_acme_attempts", "Certificates ordered by ACME", ("outcome",), registry=self.registry
+        )
+
     def count_revocation(self, reason: str, seconds: float) -> None:
         self.revocations.labels(reason if reason in REASONS else "other").inc()
         self.revocation_seconds.observe(seconds)
@@ -99,11 +103,14 @@ class Metrics:
         streams: Callable[[], int],
         tunnels: Callable[[], Iterable[tuple[str, str, int, float | None]]],
         tunnel_bytes: Callable[[], tuple[int, int]],
+        certificates: Callable[[], Iterable[tuple[str, float]]],
     ) -> None:
-        """`tunnels` yields (site, gateway, tunnels, rtt in seconds); `tunnel_bytes` gives (received, sent)."""
+        """`tunnels` yields (site, gateway, tunnels, rtt in seconds); `tunnel_bytes` gives (received, sent);
+        `certificates` yields (host, seconds left), as many as edge.toml names."""
         Gauge("guestpass_grants", "Grants in force", registry=self.registry).set_function(grants)
         Gauge("guestpass_streams", "Live streams", registry=self.registry).set_function(streams)
         self.registry.register(_Tunnels(tunnels, tunnel_bytes))
+        self.registry.register(_Certificates(certificates))
 
 
 class _Requests(Collector):
@@ -169,3 +176,18 @@ class _Tunnels(Collector):
         total.add_metric(("received",), received)
         total.add_metric(("sent",), sent)
         return (count, rtt, total)
+
+
+class _Certificates(Collector):
+    def __init__(self, certificates: Callable[[], Iterable[tuple[str, float]]]) -> None:
+        self._certificates = certificates
+
+    def collect(self) -> Iterable[Metric]:
+        left = GaugeMetricFamily(
+            "guestpass_certificate_expires_seconds",
+            "Seconds until the certificate for this host expires",
+            labels=("host",),
+        )
+        for host, seconds in dict(self._certificates()).items():
+            left.add_metric((host,), seconds)
+        return (left,)

@@ -37,3 +37,12 @@ class Origins:
         if dot and domain == self._share_domain and SHARE_LABEL.fullmatch(label):
             return label
         return None
+
+    def named(self, name: str) -> str | None:
+        """The origin of ours at a host name, whatever the port."""
+        if name == urlsplit(self.main).hostname:
+            return self.main
+        label, dot, domain = name.partition(".")
+        if dot and domain == urlsplit("//" + self._share_domain).hostname and SHARE_LABEL.fullmatch(label):
+            return self.share_origin(label)
+        return None
