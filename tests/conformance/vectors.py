@@ -386,7 +386,8 @@ def _make(number: int, name: str, rng: random.Random, *, host: bytes, authorizat
     labels = [name]
 
     version = b"HTTP/1.1"
-    if rng.random() < 0.08:
+    waits = draft.verdict is WAIT  # for the rest, if nothing else is wrong
+    if rng.random() < 0.08 and not waits:
         version = rng.choice(list(VERSIONS))
         draft.worsen(VERSIONS[version])
         labels.append(version.decode())
@@ -412,7 +413,7 @@ def _make(number: int, name: str, rng: random.Random, *, host: bytes, authorizat
     labels += [case, position]
 
     keep_alive = version == b"HTTP/1.1"
-    white = "plain" if rng.random() < PLAIN_SHARE else rng.choice(list(WHITESPACE))
+    white = "plain" if rng.random() < PLAIN_SHARE or waits else rng.choice(list(WHITESPACE))
     bend, verdict = WHITESPACE[white]
     if version == b"HTTP/1.1":
         head = bend(head, rng)
