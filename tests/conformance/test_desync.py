@@ -79,7 +79,7 @@ async def send(lane: Lane, origin: str, vector: Vector, tally: Tally) -> tuple[s
         scheme_of(vector.number), pieces, seconds=PATIENCE if vector.verdict is Verdict.WAIT else 20
     )
     # A refusal has no body where the method could be read at all.
-    named = b"".join(vector.pieces).removeprefix(b"\r\n").startswith(vector.method.encode())
+    named = b"".join(vector.pieces).removeprefix(b"\r\n").startswith(f"{vector.method} ".encode())
     answers = [
         answer for answer in cut(received, [vector.method] if named else []) if not answer.interim
     ]
