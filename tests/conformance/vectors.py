@@ -392,6 +392,9 @@ def _make(number: int, name: str, rng: random.Random, *, host: bytes, authorizat
         draft.worsen(VERSIONS[version])
         labels.append(version.decode())
 
+    if version == b"HTTP/1.0" and name == "Expect unknown":
+        draft.verdict = EITHER  # RFC 9110, 10.1.1: it is ignored then
+
     case = rng.choice(list(CASES))
     lines = []
     for line in draft.lines:

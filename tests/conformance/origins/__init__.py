@@ -26,6 +26,7 @@ from support.programs import Program, free_port
 HERE = Path(__file__).parent
 START_SECONDS = 30.0
 STATIC = bytes(range(32, 127)) * 1000
+MODIFIED = 1_000_000_000.0  # Sun, 09 Sep 2001 01:46:40 GMT
 
 NGINX = """
 daemon off; user nobody nogroup; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/nginx-error.log;
@@ -115,6 +116,7 @@ def _behind(
         home.chmod(0o755)
         (home / "static").mkdir()
         (home / "static" / "file.txt").write_bytes(STATIC)
+        os.utime(home / "static" / "file.txt", (MODIFIED, MODIFIED))
         config = home / "server.conf"
         config.write_text(
             template.format(folder=home, port=port, echo=echo, modules=APACHE_MODULES), "utf-8"
@@ -138,7 +140,9 @@ START: dict[str, Callable[[ExitStack, Path, str], str]] = {
     "aiohttp": _own("aiohttp_echo.py"),
     "uvicorn": _own("uvicorn_echo.py"),
 }
-CGI = frozenset(("nginx", "apache"))
+FILES = ("nginx", "apache")  # those with /static/
+# The one that misbehaves on purpose is none of the tastes.
+RAW = "raw"
 
 
 @contextmanager
@@ -146,7 +150,7 @@ def serving(folder: Path) -> Iterator[dict[str, Origin]]:
     """All of them, each in a process of its own."""
     with ExitStack() as stack:
         found = {}
-        for name, start in START.items():
+        for name, start in {**START, RAW: _own("raw_origin.py")}.items():
             own = folder / name
             own.mkdir()
             found[name] = Origin(name, start(stack, own, name), own / "seen.log")
