@@ -38,7 +38,8 @@ SCHEMES = ("plain", "tls")
 START_SECONDS = 40.0
 # For an answer; nothing here takes a tenth of it on a machine that has time.
 ANSWER_SECONDS = 20.0
-# Shares of every origin: one whole, one with limits.
+# Shares of every origin: NAME is whole; NAME-limited has these rules at the edge, and the gateway has much the same ones
+# for its service; NAME-guarded has only the gateway's.
 SCOPE = ("GET /limited/**", "POST /limited/*/comments")
 ERROR_ID = re.compile(rb"Error id: ([0-9a-f]{8})")
 
@@ -147,7 +148,7 @@ class Lane:
     tls: ssl.SSLContext
     program: Program | None = None
     shares: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Origin (or origin + "-limited") → (share id, token)."""
+    """Origin (with -limited or -guarded behind) → (share id, token)."""
 
     def host(self, share: str) -> str:
         return f"{self.shares[share][0]}.localhost:{self.port}"
@@ -337,7 +338,7 @@ def running(folder: Path) -> Iterator[World]:
 async def _prepare(
     config: EdgeConfig, public_key: bytes, origins: dict[str, Origin]
 ) -> dict[str, tuple[str, str]]:
-    """Fill the store of an edge that is not running: the gateway, and for each origin two shares with a token."""
+    """Fill the store of an edge that is not running: the gateway, and for each origin three shares with a token."""
     edge = Edge(config)
     await edge.start()
     try:
@@ -345,7 +346,11 @@ async def _prepare(
         await edge.service._store.write(lambda db: gateway_rows.insert(db, row))
         found = {}
         for name in origins:
-            for service, scope in ((name, ()), (f"{name}-limited", SCOPE)):
+            for share, service, scope in (
+                (name, name, ()),
+                (f"{name}-limited", f"{name}-limited", SCOPE),
+                (f"{name}-guarded", f"{name}-limited", ()),
+            ):
                 created = await edge.service.create(
                     NewShare(
                         site=SITE,
@@ -357,7 +362,7 @@ async def _prepare(
                     )
                 )
                 token = (await edge.service.create_token(created.share.id, EMAIL))[1]
-                found[service] = (created.share.id, token)
+                found[share] = (created.share.id, token)
         return found
     finally:
         await edge.stop()
