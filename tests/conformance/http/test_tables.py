@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import pytest
 import uvloop
-from conformance.origins import RAW, START
-from conformance.tables import ANSWERS, ATTACKS, DUTIES, Answered, Attack, Duty
-from conformance.world import LANES, SCHEMES, Answer, Lane, World, cut
+from conformance.http.origins import RAW, START
+from conformance.http.tables import ANSWERS, ATTACKS, DUTIES, Answered, Attack, Duty
+from conformance.http.world import LANES, SCHEMES, Answer, Lane, World, cut
 from support.scoreboard import LONG, row
 
 NUMBERS = itertools.count()

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from conformance.origins import RAW
-from conformance.world import LANES, SCHEMES, Lane, World
+from conformance.http.origins import RAW
+from conformance.http.world import LANES, SCHEMES, Lane, World
 from support.programs import wait_until
 
 # An id, a title, what happened: enough to ask for help with, nothing to read anything out of.

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from conformance.origins import FILES, START
-from conformance.world import EMAIL
+from conformance.http.origins import FILES, START
+from conformance.http.world import EMAIL
 
 EVERYWHERE = tuple(START)
 

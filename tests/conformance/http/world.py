@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from conformance.origins import Origin, serving
+from conformance.http.origins import Origin, serving
 from support.programs import Program, free_port, wait_until
 
 from guestpass.config import EdgeConfig, load_edge

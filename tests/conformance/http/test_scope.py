@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import pytest
 import uvloop
-from conformance.origins import START
-from conformance.world import LANES, SCHEMES, SCOPE, Lane, World, cut
+from conformance.http.origins import START
+from conformance.http.world import LANES, SCHEMES, SCOPE, Lane, World, cut
 from support.scoreboard import LONG, row
 
 NUMBERS = itertools.count()

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import pytest
 import uvloop
-from conformance.origins import START
-from conformance.world import EMAIL, LANES, SCHEMES, Answer, Lane, World, cut
+from conformance.http.origins import START
+from conformance.http.world import EMAIL, LANES, SCHEMES, Answer, Lane, World, cut
 from support.scoreboard import LONG, row
 
 SEED = 7

@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 import uvloop
-from conformance.origins import START
-from conformance.vectors import FRAMING, Vector, Verdict, vectors
-from conformance.world import LANES, Lane, World, cut
+from conformance.http.origins import START
+from conformance.http.vectors import FRAMING, Vector, Verdict, vectors
+from conformance.http.world import LANES, Lane, World, cut
 from support.scoreboard import LONG, row
 
 SEED = 5

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from conformance.world import World, running
+from conformance.http.world import World, running
 
 
 @pytest.fixture(scope="session")
