@@ -75,6 +75,7 @@ cdef enum:      # FieldId
     F_PUBLIC_KEY_PINS
     F_EXPECT_CT
     F_CLEAR_SITE_DATA
+    F_REFRESH
     N_FIELD_IDS
 
 cdef enum:      # MethodId: CONNECT and TRACE are refused, what llhttp does not know is 501

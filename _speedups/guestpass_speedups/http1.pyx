@@ -109,8 +109,8 @@ cdef enum:
     SP = 0x20
     LONGEST_NAME = 32
     LONGEST_METHOD = 16
-    N_RESERVED = 17
-    N_RESERVED_PREFIXES = 10
+    N_RESERVED = 29
+    N_RESERVED_PREFIXES = 14
 
 cdef uint8_t[256] CLASS
 cdef uint8_t[256] LOWER
@@ -126,6 +126,7 @@ _NAMES = (
     b"server", b"user-agent", b"max-forwards", b"sec-websocket-key1", b"sec-websocket-protocol", b"accept", b"date",
     b"location", b"set-cookie", b"cache-control", b"alt-svc", b"nel", b"report-to", b"reporting-endpoints",
     b"strict-transport-security", b"service-worker-allowed", b"public-key-pins", b"expect-ct", b"clear-site-data",
+    b"refresh",
 )
 
 # RFC 9110, 7.6.1 and the edge's headers.py.
@@ -142,14 +143,17 @@ _DROPPED = (
 
 # headers.RESERVED and RESERVED_PREFIXES: the edge's word to an application, or another proxy's that it may believe.
 _RESERVED = (
-    b"forwarded", b"x-real-ip", b"x-client-ip", b"true-client-ip", b"x-cluster-client-ip", b"front-end-https",
-    b"x-url-scheme", b"remote-user", b"x-remote-user", b"x-authenticated-user", b"x-authenticated-email",
-    b"x-auth-user", b"x-original-url", b"x-rewrite-url", b"x-http-method-override", b"x-http-method",
-    b"x-method-override",
+    b"forwarded", b"forwarded-for", b"x-forwarded", b"x-real-ip", b"x-client-ip", b"client-ip",
+    b"true-client-ip", b"x-cluster-client-ip", b"cf-connecting-ip", b"cf-connecting-ipv6", b"fastly-client-ip",
+    b"fly-client-ip", b"x-proxyuser-ip", b"front-end-https", b"x-url-scheme", b"x-scheme", b"proxy",
+    b"x-client-cert", b"remote-user", b"x-remote-user", b"x-authenticated-user", b"x-authenticated-email",
+    b"x-auth-user", b"x-http-method-override", b"x-http-method", b"x-method-override", b"x-host",
+    b"x-http-host-override", b"x-script-name",
 )
 _RESERVED_PREFIXES = (
-    b"x-guestpass-", b"x-forwarded-", b"x-auth-request-", b"x-webauth-", b"x-remote-", b"cf-access-",
-    b"x-goog-authenticated-user-", b"x-goog-iap-", b"x-amzn-oidc-", b"x-ms-client-principal",
+    b"x-guestpass-", b"x-forwarded-", b"x-auth-request-", b"x-webauth-", b"x-remote-", b"x-ssl-", b"cf-access-",
+    b"x-goog-authenticated-user-", b"x-goog-iap-", b"x-amzn-oidc-", b"x-ms-client-principal", b"x-original-",
+    b"x-rewrite-", b"x-envoy-",
 )
 # headers.OUR_RESPONSE_PREFIX
 cdef const char *OUR_RESPONSE_PREFIX = b"x-guestpass-"

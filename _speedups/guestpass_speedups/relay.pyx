@@ -687,6 +687,7 @@ cdef class Connection:
 
     # the request
     cdef uint8_t minor
+    cdef readonly bint to_head      # the answer has no body
     cdef bint keep_alive
     cdef uint8_t framing            # of what is left of the body
     cdef uint64_t left
@@ -901,10 +902,12 @@ cdef class Connection:
         if n < 0:
             self._wait(T_NONE)
             self.minor = 1
+            self.to_head = _asks_head(data, size)
             self.framing = BODY_NONE
             self.refused(error_status(<int> n), (<bytes> error_reason(<int> n)).decode("ascii"))
             return size
         self.minor = REQUEST.minor
+        self.to_head = REQUEST.method_id == M_HEAD
         self.keep_alive = REQUEST.keep_alive
         self.framing = REQUEST.framing
         self.left = REQUEST.content_length
@@ -1559,6 +1562,12 @@ cdef Py_ssize_t _digits(uint8_t *out, uint64_t number, uint64_t base) noexcept:
     for index in range(size):
         out[index] = reverse[size - 1 - index]
     return size
+
+
+cdef inline bint _asks_head(const uint8_t *data, Py_ssize_t size) noexcept:
+    """Whether a request that the scanner refused is of a method whose answers have no body."""
+    cdef Py_ssize_t at = 2 if size >= 2 and data[0] == c"\r" and data[1] == c"\n" else 0
+    return size - at >= 5 and memcmp(data + at, b"HEAD ", 5) == 0
 
 
 cdef inline Py_ssize_t _put(Py_ssize_t at, const char *data, Py_ssize_t size) noexcept:

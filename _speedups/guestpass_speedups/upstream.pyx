@@ -67,6 +67,7 @@ from guestpass_speedups.http1 cimport (
     F_LOCATION,
     F_ORIGIN,
     F_REFERER,
+    F_REFRESH,
     F_TRAILER,
     F_UPGRADE,
     F_X_FORWARDED_HOST,
@@ -158,10 +159,6 @@ cdef inline void put(const void *data, Py_ssize_t size) noexcept:
     used += size
 
 
-cdef inline bint starts(const unsigned char *data, Py_ssize_t size, const void *prefix, Py_ssize_t length) noexcept:
-    return size >= length and memcmp(data, prefix, length) == 0
-
-
 cdef inline bint origin_ends(const unsigned char *url, Py_ssize_t size, Py_ssize_t at) noexcept:
     """Whether an origin that is a prefix of `url` is its whole origin."""
     return size == at or url[at] == c"/" or url[at] == c"?" or url[at] == c"#"
@@ -180,6 +177,59 @@ cdef Py_ssize_t names_origin(const unsigned char *url, Py_ssize_t size, const un
     ):
         return length
     return 0
+
+
+cdef inline unsigned char lower(unsigned char byte) noexcept:
+    return byte + 32 if c"A" <= byte <= c"Z" else byte
+
+
+cdef inline bint same(const unsigned char *data, const char *text, Py_ssize_t size) noexcept:
+    """In any case of letters."""
+    cdef Py_ssize_t i
+    for i in range(size):
+        if lower(data[i]) != lower(<unsigned char> text[i]):
+            return False
+    return True
+
+
+cdef Py_ssize_t own_origin(const unsigned char *url, Py_ssize_t size, bytes host) noexcept:
+    """The size of the origin with which `url` begins, if that is the service's own: its name as the service knows it,
+    behind http://, https:// or only //. A service that is told X-Forwarded-Proto may say https of itself where it is
+    reached by http."""
+    cdef Py_ssize_t at = 0
+    cdef Py_ssize_t length = PyBytes_GET_SIZE(host)
+    if size >= 5 and same(url, b"http:", 5):
+        at = 5
+    elif size >= 6 and same(url, b"https:", 6):
+        at = 6
+    if length == 0 or size - at < 2 + length or url[at] != c"/" or url[at + 1] != c"/":
+        return 0
+    if not same(url + at + 2, PyBytes_AS_STRING(host), length) or not origin_ends(url, size, at + 2 + length):
+        return 0
+    return at + 2 + length
+
+
+cdef Py_ssize_t refresh_url(const unsigned char *value, Py_ssize_t size) noexcept:
+    """Where the URL of a Refresh begins, as the HTML standard reads `5; url="/x"`; `size` when there is none."""
+    cdef Py_ssize_t at = 0
+    cdef Py_ssize_t after
+    while at < size and (c"0" <= value[at] <= c"9" or value[at] == c"." or value[at] == c" " or value[at] == c"\t"):
+        at += 1
+    if at < size and (value[at] == c";" or value[at] == c","):
+        at += 1
+    while at < size and (value[at] == c" " or value[at] == c"\t"):
+        at += 1
+    if size - at >= 4 and same(value + at, b"url", 3):
+        after = at + 3
+        while after < size and (value[after] == c" " or value[after] == c"\t"):
+            after += 1
+        if after < size and value[after] == c"=":
+            at = after + 1
+            while at < size and (value[at] == c" " or value[at] == c"\t"):
+                at += 1
+    if at < size and (value[at] == c"\"" or value[at] == c"'"):
+        at += 1
+    return at
 
 
 cdef inline void put_line(const unsigned char *data, Field *field) noexcept:
@@ -776,10 +826,10 @@ cdef class UpstreamConnection:
         cdef Fields *fields = &response.fields
         cdef Field *field
         cdef const unsigned char *known
-        cdef bytes origin = self.pool.origin
+        cdef const unsigned char *url
         cdef char[16] line
         cdef uint32_t i
-        cdef Py_ssize_t skip
+        cdef Py_ssize_t skip, before
         cdef int result
         cdef uint16_t status
         if size == at:
@@ -814,17 +864,20 @@ cdef class UpstreamConnection:
             field = &fields.field[i]
             if not passes(field):
                 continue
-            if (field.id == F_LOCATION or field.id == F_CONTENT_LOCATION) and stream.proto.size:
-                skip = PyBytes_GET_SIZE(origin)
-                if starts(head + field.value.at, field.value.size, PyBytes_AS_STRING(origin), skip) \
-                        and origin_ends(head + field.value.at, field.value.size, skip):
+            if stream.proto.size and (
+                    field.id == F_LOCATION or field.id == F_CONTENT_LOCATION or field.id == F_REFRESH):
+                url = head + field.value.at
+                before = refresh_url(url, field.value.size) if field.id == F_REFRESH else 0
+                skip = own_origin(url + before, field.value.size - before, self.pool.host)
+                if skip:
                     known = <const unsigned char *> PyBytes_AS_STRING(stream.head)
                     put(head + field.name.at, field.name.size)
                     put(b": ", 2)
+                    put(url, before)
                     put(known + stream.proto.at, stream.proto.size)
                     put(b"://", 3)
                     put(known + stream.host.at, stream.host.size)
-                    put(head + field.value.at + skip, field.value.size - skip)
+                    put(url + before + skip, field.value.size - before - skip)
                     put(b"\r\n", 2)
                     continue
             put_line(head, field)

@@ -43,14 +43,15 @@ def executable() -> str:
 
 
 @contextmanager
-def browser() -> Iterator[Browser]:
+def browser(*more: str) -> Iterator[Browser]:
+    """`more`: further arguments of the browser."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError as exc:
         raise AssertionError("these tests need Playwright: pip install 'guestpass[apps]'") from exc
     path = executable()
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
+        found = playwright.chromium.launch(executable_path=path, args=[*ARGUMENTS, *more])
         try:
             yield found
         finally:

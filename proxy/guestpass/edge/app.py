@@ -161,7 +161,7 @@ class Edge:
             touched=service.seen,
             other_edges=edge.other_edges,
         )
-        self.pages = Pages(self.origins)
+        self.pages = Pages(self.origins, self._count_refused)
         self.admission = Admission(
             origins=self.origins,
             service=service,
@@ -421,8 +421,7 @@ class Edge:
         try:
             return await self._dispatch(request, handler)
         except h.BadRequest as exc:
-            self._count_refused(exc.status)
-            response = self.pages.error(exc.status, request=request, message=exc.reason)
+            response = self.pages.error(exc.status, request=request, message=exc.reason, why=exc.reason)
             response.force_close()
             return response
         except web.HTTPException as exc:

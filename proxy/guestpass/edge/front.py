@@ -291,7 +291,7 @@ class Front(Connection, asyncio.BufferedProtocol):
         elif not self.http11:
             lines.append("Connection: keep-alive")
         head = "\r\n".join((*lines, "", "")).encode("latin-1")
-        return head if asked is not None and asked.method == "HEAD" else head + body
+        return head if self.to_head else head + body
 
     # ── who ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -27,19 +27,22 @@ HOP_BY_HOP = frozenset(
     + (b"proxy-authentication-info", b"te", b"trailer", b"transfer-encoding", b"upgrade")
 )  # fmt: skip
 
-# Names that only the edge may say to an application, compared with every non-alphanumeric folded to "-". Those of the
-# third line tell who somebody is, as other proxies put it (CGI, Grafana, oauth2-proxy and the large clouds): behind the
-# gateway an application may believe them. The last five make frameworks see another URL or method than the one that
-# was checked.
+# Names that only the edge may say to an application, compared with every non-alphanumeric folded to "-". They tell who
+# somebody is or where they come from, as other proxies put it (CGI, Grafana, oauth2-proxy, Envoy and the large clouds):
+# behind the gateway an application may believe them. The names of the fifth line and the last prefixes make frameworks
+# see another URL, host or method than the one that was checked; "proxy" becomes HTTP_PROXY to CGI programs.
 RESERVED = frozenset(
-    (b"forwarded", b"x-real-ip", b"x-client-ip", b"true-client-ip", b"x-cluster-client-ip", b"front-end-https")
-    + (b"x-url-scheme",)
+    (b"forwarded", b"forwarded-for", b"x-forwarded", b"x-real-ip", b"x-client-ip", b"client-ip", b"true-client-ip")
+    + (b"x-cluster-client-ip", b"cf-connecting-ip", b"cf-connecting-ipv6", b"fastly-client-ip", b"fly-client-ip")
+    + (b"x-proxyuser-ip", b"front-end-https", b"x-url-scheme", b"x-scheme", b"proxy", b"x-client-cert")
     + (b"remote-user", b"x-remote-user", b"x-authenticated-user", b"x-authenticated-email", b"x-auth-user")
-    + (b"x-original-url", b"x-rewrite-url", b"x-http-method-override", b"x-http-method", b"x-method-override")
+    + (b"x-http-method-override", b"x-http-method", b"x-method-override", b"x-host", b"x-http-host-override")
+    + (b"x-script-name",)
 )  # fmt: skip
 RESERVED_PREFIXES = (
-    (b"x-guestpass-", b"x-forwarded-", b"x-auth-request-", b"x-webauth-", b"x-remote-")
+    (b"x-guestpass-", b"x-forwarded-", b"x-auth-request-", b"x-webauth-", b"x-remote-", b"x-ssl-")
     + (b"cf-access-", b"x-goog-authenticated-user-", b"x-goog-iap-", b"x-amzn-oidc-", b"x-ms-client-principal")
+    + (b"x-original-", b"x-rewrite-", b"x-envoy-")
 )  # fmt: skip
 OUR_RESPONSE_PREFIX = b"x-guestpass-"
 

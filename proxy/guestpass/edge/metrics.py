@@ -73,7 +73,7 @@ class Metrics:
             registry=self.registry,
         )
         self.refused = Counter(
-            "guestpass_refused", "Requests refused before any lane", ("status",), registry=self.registry
+            "guestpass_refused", "Requests that the edge itself refused", ("status",), registry=self.registry
         )
 
         self.acme_attempts = Counter(

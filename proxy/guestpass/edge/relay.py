@@ -271,10 +271,10 @@ class Relay:
         if self._learn is not None:
             self._learn(grant, secret)
         if kind is SessionKind.COOKIE and not self._same_origin(request, share_id):
-            return self._pages.error(403, request=request, message="The request came from another site.")
+            return self._forbidden(request, "The request came from another site.")
         target = request.raw_path
         if grant.share.scope and not scope.admits(grant.share.scope, request.method, target):
-            return self._pages.error(403, request=request, message="This is not part of what was shared.")
+            return self._forbidden(request, "This is not part of what was shared.")
         context = RequestContext(
             method=request.method,
             path=target,
@@ -440,6 +440,9 @@ class Relay:
             chosen = await self._admission.choose_gateway(grant.share, grant.session)
         self._grants.move(grant, chosen)
         return chosen
+
+    def _forbidden(self, request: web.Request, why: str) -> web.StreamResponse:
+        return self._pages.error(403, request=request, message=why, why=why)
 
     def _problem(
         self, request: web.Request, status: int, what: str, *, retry_after: int | None = None

@@ -8,8 +8,10 @@ origin (a share's, a provider's, where the shared application redirects to at on
 from __future__ import annotations
 
 import hashlib
+import logging
 import mimetypes
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Any, Protocol
@@ -19,6 +21,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from multidict import MultiMapping
 
 from guestpass.edge.origins import Origins
+
+log = logging.getLogger("guestpass.edge.pages")
 
 ASSETS = "/.guestpass/assets"
 # The name changes with the content, so a copy is good for ever (RFC 8246).
@@ -96,8 +100,10 @@ OTHER_ERROR = ("This did not work", "The request was refused.", "Go back and try
 class Pages:
     """Renders the templates of this package."""
 
-    def __init__(self, origins: Origins) -> None:
+    def __init__(self, origins: Origins, refused: Callable[[int], None] = lambda status: None) -> None:
+        """`refused` counts what is refused, by status."""
         self._origins = origins
+        self._refused = refused
         self._assets: dict[str, tuple[bytes, str]] = {}
         self._environment = Environment(
             loader=PackageLoader("guestpass.edge.pages", "templates"),
@@ -146,10 +152,18 @@ class Pages:
         title: str | None = None,
         message: str | None = None,
         advice: str | None = None,
+        why: str | None = None,
     ) -> web.Response:
         """An error, as a page where the client asks for HTML and as short text elsewhere. `message` says what happened
-        instead of the usual words, `advice` what to do next. A 503 page tries again by itself."""
+        instead of the usual words, `advice` what to do next. A 503 page tries again by itself.
+
+        Without an `error_id` it is a refusal: it gets one, is counted, and logged with `why`, which has nothing of the
+        visitor's in it. With one, that was done already."""
         usual = ERRORS.get(status, OTHER_ERROR)
+        if error_id is None:
+            error_id = secrets.token_hex(4)
+            log.info("error %s: %d: %s", error_id, status, why or usual[0])
+            self._refused(status)
         title = title or usual[0]
         message = _sentence(message) if message else usual[1]
         again: int | None = None
@@ -173,9 +187,7 @@ class Pages:
                 error_id=error_id,
                 refresh=again,
             )
-        lines = [f"{status} {title}", message]
-        if error_id is not None:
-            lines.append(f"Error id: {error_id}")
+        lines = [f"{status} {title}", message, f"Error id: {error_id}"]
         response = web.Response(status=status, text="\n".join(lines) + "\n")
         response.headers.update(self._policy(leads_elsewhere=False))
         response.headers.update(extra)
