@@ -35,6 +35,7 @@ from guestpass.edge.events import EventHub
 from guestpass.edge.front import HANDLER_KEEPALIVE, Answered, FastLane, House, bare_lane
 from guestpass.edge.grants import GrantTable
 from guestpass.edge.keys import CLIENT, SCHEME, SHARE_ID
+from guestpass.edge.limits import Refusals
 from guestpass.edge.listener import Listener
 from guestpass.edge.metrics import Metrics
 from guestpass.edge.origins import Origins
@@ -153,6 +154,7 @@ class Edge:
             events=self.events,
             metrics=self.metrics,
         )
+        self.refusals = Refusals(config.limits, count=lambda limit: self.metrics.refusals.labels(limit).inc())
         self.lane = FastLane(
             grants=self.grants,
             tunnels=self.tunnels,
@@ -160,6 +162,7 @@ class Edge:
             origins=self.origins,
             # Filters see every request, and they are Python.
             fast=edge.fast_lane and not self.plugins.filters,
+            limits=config.limits,
         )
         self._lanes.append(self.lane)
         self.relay = Relay(
@@ -172,6 +175,7 @@ class Edge:
             metrics=self.metrics,
             share_origin=self.origins.share_origin,
             learn=self.lane.learn,
+            refusals=self.refusals,
         )
         self.metrics.watch_lane(lambda: self.lane.services.values(), lambda: self.lane.durations)
         self.metrics.watch(
@@ -216,6 +220,7 @@ class Edge:
             refused=self._count_refused,
             trusted_proxies=edge.trusted_proxies,
             scheme=self.origins.scheme,
+            refusals=self.refusals,
         )
         admin_url = await self._admin_app()
         for url in edge.listen:
@@ -476,7 +481,7 @@ class Edge:
         server = runner.server
         assert server is not None
         listener = Listener(f"http://{self.config.edge.admin_listen}", None)
-        lane = bare_lane()
+        lane = bare_lane(self.config.limits)
         self._lanes.append(lane)
         house = House(
             lane=lane,
@@ -484,6 +489,7 @@ class Edge:
             tunnel=lambda transport, head, rest: transport.abort(),
             pages=self.pages,
             refused=self._count_refused,
+            refusals=self.refusals,
         )
         await listener.start(house.front)
         self._admin = listener

@@ -72,6 +72,10 @@ class Metrics:
             ("plugin", "hook"),
             registry=self.registry,
         )
+        # `reason`: a key of `edge.limits.TABLE`.
+        self.refusals = Counter(
+            "guestpass_refusals", "What was refused, by the reason", ("reason",), registry=self.registry
+        )
         self.refused = Counter(
             "guestpass_refused", "Requests refused before any lane", ("status",), registry=self.registry
         )

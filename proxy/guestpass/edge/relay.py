@@ -31,9 +31,12 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
 from guestpass import scope
+from guestpass.config import Limits
 from guestpass.edge import headers as h
+from guestpass.edge import limits
 from guestpass.edge.grants import Grant, GrantTable
 from guestpass.edge.keys import CLIENT, SCHEME
+from guestpass.edge.limits import Refusals
 from guestpass.errors import Forbidden, NoGateway, NotFound, PluginFailed, ShareEnded, Unauthorized
 from guestpass.loop import abort_now, unsent
 from guestpass.model import SessionKind
@@ -51,10 +54,6 @@ if TYPE_CHECKING:
     from guestpass.edge.tunnels import Tunnels
 
 log = logging.getLogger("guestpass.edge.relay")
-
-# How long an application may take to begin its answer, from the last piece of the request that it took. Long polling
-# answers within a minute or two; reports that are computed on request take longer.
-RESPONSE_TIMEOUT = 300.0
 
 # A request may be sent so often before the visitor is told.
 MAX_ATTEMPTS = 3
@@ -121,21 +120,22 @@ class _ResponseBroken(Exception):
 class _Patience:
     """The time that is left for the answer to begin. An upload may take hours, as long as it goes on."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
         self._timeout: asyncio.Timeout | None = None
 
     @contextlib.asynccontextmanager
     async def limit(self) -> AsyncIterator[None]:
         """Raises TimeoutError."""
         try:
-            async with asyncio.timeout(RESPONSE_TIMEOUT) as self._timeout:
+            async with asyncio.timeout(self._seconds) as self._timeout:
                 yield
         finally:
             self._timeout = None
 
     def progress(self) -> None:
         if self._timeout is not None and not self._timeout.expired():
-            self._timeout.reschedule(asyncio.get_running_loop().time() + RESPONSE_TIMEOUT)
+            self._timeout.reschedule(asyncio.get_running_loop().time() + self._seconds)
 
 
 @dataclass(slots=True, eq=False)
@@ -198,6 +198,7 @@ class Relay:
         metrics: Metrics,
         share_origin: Callable[[str], str],
         learn: Callable[[Grant, str], None] | None = None,
+        refusals: Refusals | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
         """`learn(grant, secret)` is told which secret a grant was found by."""
@@ -210,6 +211,8 @@ class Relay:
         self._metrics = metrics
         self._share_origin = share_origin
         self._learn = learn
+        self._refusals = refusals if refusals is not None else Refusals(Limits())
+        self._limits = self._refusals.limits
         self._now = now
         self.leaving = False
         """The edge is being drained: no connection is kept for another request."""
@@ -331,10 +334,16 @@ class Relay:
         except h.BadRequest as exc:
             return self._pages.error(exc.status, request=request)
 
+        if grant.load.streams >= self._limits.streams_per_share:
+            return self._limited(request, "streams_per_share")
+        if len(grant.streams) >= self._limits.streams_per_session:
+            return self._limited(request, "streams_per_session")
         task = asyncio.current_task()
         assert task is not None
         live = Live(grant, request, task)
         grant.streams.add(live)
+        load = grant.load
+        load.streams += 1
         try:
             response = await self._with_retries(request, live, head, upgrade=upgrade)
             if isinstance(response, RelayResponse):
@@ -347,6 +356,7 @@ class Relay:
             return RelayResponse(502, keep_alive=False)
         finally:
             live.grant.streams.discard(live)
+            load.streams -= 1
             if live.stream is not None:
                 live.stream.reset(ErrorCode.CANCEL)
 
@@ -357,7 +367,14 @@ class Relay:
         if transport is None:
             return
         most, pause = TAIL if response.keep_alive else 0, TAIL_FIRST
+        least, since = unsent(transport), time.monotonic()
         while (left := unsent(transport)) > most:
+            if left < least:
+                least, since = left, time.monotonic()
+            elif time.monotonic() - since >= self._limits.write_progress_seconds:
+                self._refusals.note("write_progress_seconds", request[CLIENT].address)
+                abort_now(transport)
+                raise _ResponseBroken("the visitor takes nothing of it")
             await asyncio.sleep(pause)
             pause = min(2 * pause, TAIL_POLL)
         if left and transport not in live.grant.tails:
@@ -441,6 +458,16 @@ class Relay:
         self._grants.move(grant, chosen)
         return chosen
 
+    def _limited(self, request: web.Request, limit: str) -> web.StreamResponse:
+        told = limits.TABLE[limit]
+        return self._pages.error(
+            told.status,
+            error_id=self._refusals.note(limit, request[CLIENT].address),
+            request=request,
+            message=Refusals.message(limit),
+            retry_after=limits.RETRY_AFTER if told.retry else None,
+        )
+
     def _problem(
         self, request: web.Request, status: int, what: str, *, retry_after: int | None = None
     ) -> web.StreamResponse:
@@ -456,7 +483,7 @@ class Relay:
         stream = live.stream
         assert stream is not None
         pump: asyncio.Task[None] | None = None
-        patience = _Patience()
+        patience = _Patience(self._limits.answer_seconds)
         if has_body:
             pump = asyncio.create_task(_pump_request(request, stream, patience.progress))
         try:
@@ -500,6 +527,7 @@ class Relay:
                     if head.status != 100 and request.version >= (1, 1):
                         await _write(request, h.response_head(head, b"", keep_alive=True, http11=True))
         except TimeoutError:
+            self._refusals.note("answer_seconds", request[CLIENT].address)
             stream.reset(ErrorCode.TIMEOUT)
             raise StreamReset(ErrorCode.TIMEOUT) from None
 
