@@ -214,8 +214,8 @@ class Limits(_Section):
     write_progress_seconds: LimitSeconds = 60
     # Between requests of a connection: nginx's keepalive_timeout.
     idle_seconds: LimitSeconds = 75
-    # Without a byte in either direction after 101. Applications that ping do so within a minute; the others get the hour
-    # that is usual for tunnels in HAProxy.
+    # Without a byte in either direction after 101. Applications that ping do so within a minute; the others get the
+    # hour that is usual for tunnels in HAProxy.
     upgrade_idle_seconds: LimitSeconds = 3600
     # Open connections of one address (one /64 of IPv6); behind `trusted_proxies`, requests under way of one forwarded
     # address. A browser has 6 for each share: an office of 150 behind one address. Held heads of all: 32 MiB.

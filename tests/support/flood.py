@@ -3,8 +3,8 @@
     python flood.py KIND PORT COUNT SECONDS HOST TOKEN
 
 COUNT connections from 127.0.0.2 to 127.0.0.1:PORT behave badly for SECONDS; then one line of JSON says how they were
-answered: `{"408 head_seconds": 50, "cut": 3}`, "cut" being a connection that ended without an answer and "kept" one that
-the visitor had to end itself.
+answered: `{"408 head_seconds": 50, "cut": 3}`, "cut" being a connection that ended without an answer and "kept" one
+that the visitor had to end itself.
 """
 
 from __future__ import annotations
@@ -39,10 +39,15 @@ class Visitor:
     def going(self) -> bool:
         return asyncio.get_running_loop().time() < self.until
 
-    async def connect(self) -> None:
-        self.reader, self.writer = await asyncio.open_connection(
-            "127.0.0.1", self.port, local_addr=SOURCE, limit=4096
-        )
+    async def connect(self, window: int = 0) -> None:
+        """`window`: what the kernel takes for a visitor who does not read."""
+        sock = socket.socket()
+        sock.setblocking(False)
+        if window:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
+        sock.bind(SOURCE)
+        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", self.port))
+        self.reader, self.writer = await asyncio.open_connection(sock=sock, limit=4096)
 
     def head(self, method: str = "GET", path: str = "/", *lines: str) -> bytes:
         first = (f"{method} {path} HTTP/1.1", f"Host: {self.host}", f"Authorization: Bearer {self.token}")
@@ -103,7 +108,7 @@ async def slow_body(visitor: Visitor) -> str:
 
 
 async def slow_reader(visitor: Visitor) -> str:
-    await visitor.connect()
+    await visitor.connect(window=4096)
     visitor.writer.write(visitor.head("GET", "/forever"))
     head = await visitor.reader.read(100)
     if not head.startswith(b"HTTP/1.1 200 "):
@@ -146,7 +151,7 @@ async def endless_upload(visitor: Visitor) -> str:
 async def resets(visitor: Visitor) -> str:
     while visitor.going:
         await visitor.connect()
-        visitor.writer.write(visitor.head("GET", "/forever"))
+        visitor.writer.write(visitor.head("GET", "/never"))
         await asyncio.sleep(0.05)
         visitor.reset()
         await asyncio.sleep(0.05)
@@ -157,7 +162,13 @@ async def upgraded(visitor: Visitor) -> bool:
     await visitor.connect()
     lines = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13")
     visitor.writer.write(
-        visitor.head("GET", "/", *lines, "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", f"Origin: http://{visitor.host}")
+        visitor.head(
+            "GET",
+            "/",
+            *lines,
+            "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
+            f"Origin: http://{visitor.host}",
+        )
     )
     return (await visitor.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
 

@@ -2,6 +2,7 @@
 
     GET  /              200 bytes
     GET  /forever       one block after another
+    GET  /never         no answer
     GET  … Upgrade      101, then it swallows what comes
     POST /              swallows the body: answers when `Content-Length` bytes have come, else never
 
@@ -11,13 +12,16 @@ python flood_app.py         prints its URL
 from __future__ import annotations
 
 import asyncio
+from typing import cast
 
 import uvloop
 
 BLOCK = bytes(64 * 1024)
 PAGE = b"HTTP/1.1 200 OK\r\nContent-Length: 200\r\n\r\n" + bytes(200)
 SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
-ENDLESS = b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: %d\r\n\r\n" % (1 << 50)
+ENDLESS = b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: %d\r\n\r\n" % (
+    1 << 50
+)
 
 
 class Talk(asyncio.Protocol):
@@ -29,8 +33,7 @@ class Talk(asyncio.Protocol):
         self.writable = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's do not inherit from it
 
     def data_received(self, data: bytes) -> None:
         if self.swallow:
@@ -53,7 +56,7 @@ class Talk(asyncio.Protocol):
             self.endless = True
             self.transport.write(ENDLESS)
             self.give()
-        else:
+        elif not lines[0].startswith("get /never "):
             self.transport.write(PAGE)
 
     def take(self, size: int) -> None:
@@ -62,7 +65,7 @@ class Talk(asyncio.Protocol):
             self.transport.write(PAGE)
 
     def give(self) -> None:
-        while self.endless and self.writable:
+        while self.endless and self.writable and not self.transport.is_closing():
             self.transport.write(BLOCK)
 
     def pause_writing(self) -> None:
