@@ -27,6 +27,9 @@ that came in the same frame; an answer that is complete is written at once, what
 **Credit** is given for what was handed to a transport that is not paused. While it is paused, bytes are counted in
 `unconsumed`, and the gateway stops when the window is full. Reading the tunnel never stops.
 
+**The access log** costs a branch where it is off. Where it is on, a stream is born with the part of its line that is
+known then (`begun`), and whoever ends it appends the line to `Lane.log`, which goes out as one piece.
+
 **Revocation** calls FastStream.end: the socket is reset with what its kernel holds, synchronously. A complete answer
 may still wait in the kernel, so each connection leaves a FastTail in the grant that it answered last; the clock takes
 it back when the visitor has everything. A connection that is to be closed is closed then, not before.
@@ -41,6 +44,7 @@ a limit, in time or number, goes to `limited` of front.py by the limit's name in
 """
 
 import asyncio
+import time
 import weakref
 
 from cython cimport final
@@ -49,6 +53,7 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.object cimport PyObject
 from cpython.time cimport monotonic, time as wall_clock
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.math cimport floor
 from libc.string cimport memcmp, memcpy, memmove, memset
 
 from guestpass_speedups.frames cimport MAX_STREAM_ID
@@ -115,6 +120,10 @@ cdef enum:
     ADMITTED_PATH = 256
     # Buckets of the histogram of durations.
     BUCKETS_MAX = 32
+    # Lines of the access log that wait for one write: some 250 of them. At full speed that is a hundredth of a second.
+    LOG_ROOM = 65536
+    # Of a path so much is logged; escaped, a byte is six at most. The fixed rest of a line is below 512.
+    LOG_PATH = 2048
 
 cdef double LINGER_SECONDS = 2.0        # answered before the request had ended
 # How soon, and then how often, it is looked whether the visitor has all of an answer, before its connection is closed.
@@ -169,7 +178,12 @@ cdef uint8_t[INJECT_MAX] INJECT
 # The answer's head that waits for the body bytes of its frame: see Lane.head_for. 256 for framing and Connection.
 cdef uint8_t[WRITE_ROOM + 256] HEAD_OUT
 
+# The status in the access log of a request whose visitor went, or was cut off, before the answer began: nginx's.
+cdef int VISITOR_WENT = 499
+VISITOR_GONE = VISITOR_WENT
+
 cdef bytes CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+cdef const char *HEX = "0123456789abcdef"
 cdef const char *TUNNEL_PATH = "/.guestpass/tunnel"
 cdef const char *RESERVED_PATHS = "/.guestpass/"
 cdef const char *SESSION_COOKIE = "__Host-guestpass"
@@ -215,6 +229,7 @@ cdef class Entry:
     cdef bytes origin
     cdef Service service
     cdef Load load
+    cdef bytes who                  # for the access log; None: ask
     cdef bint live
     cdef bint cookie
     cdef double expires             # seconds since the epoch; < 0: never
@@ -248,6 +263,7 @@ cdef class Entry:
     def moved(self):
         """The grant has another gateway."""
         self.ways = 0
+        self.who = None
 
 
 cdef class Lane:
@@ -267,6 +283,13 @@ cdef class Lane:
     cdef object resume_reading
     cdef object acknowledged
     cdef object clients             # by name, as long as a connection refers to them
+    cdef bint logging               # there is an access log
+    cdef bint log_paths
+    cdef object log_write
+    cdef bytearray log              # never resized
+    cdef Py_ssize_t log_size
+    cdef double log_second          # `log_stamp` is of this one
+    cdef bytes log_stamp
     cdef dict stuck                 # connections with output that the visitor does not take
     cdef double write_seconds
     cdef Py_ssize_t head_bytes
@@ -351,6 +374,8 @@ cdef class Lane:
             connection = (<FastTail> tail).connection
             if connection.transport is None or not self.unsent(connection.transport):
                 connection._forget_tail()
+        if self.log_size:
+            self.log_flush()
         for stuck in list(self.stuck):
             (<Connection> stuck)._look(now)
         for kind in range(1, N_TIMERS):
@@ -369,10 +394,103 @@ cdef class Lane:
             self._timer = None
         for connection in list(self.connections):
             (<Connection> connection)._cut(CANCEL)
+        if self.log_size:
+            self.log_flush()
 
     def changed(self):
         """A tunnel came or went, or what a gateway reaches has changed."""
         self.ways += 1
+
+    # -- the access log --------------------------------------------------------------------------------------
+
+    def log_to(self, write, bint paths):
+        """Each request's line goes to `write`, many at once. `paths`: with its path, without the query."""
+        self.log = bytearray(LOG_ROOM)
+        self.log_second = -1.0
+        self.log_write = write
+        self.log_paths = paths
+        self.logging = True
+
+    def log_flush(self):
+        """Hands over the lines that wait."""
+        lines = bytes(memoryview(self.log)[:self.log_size])
+        self.log_size = 0
+        self.log_write(lines)
+
+    def begun(self, bytes who not None, str client not None, bytes method not None, bytes target not None):
+        """As `_begun`, for a request of aiohttp's."""
+        return self._begun(
+            who, b"aiohttp", client.encode("ascii", "replace"),
+            <const uint8_t *> PyBytes_AS_STRING(method), PyBytes_GET_SIZE(method),
+            <const uint8_t *> PyBytes_AS_STRING(target), PyBytes_GET_SIZE(target))
+
+    def ended(self, bytes begun not None, int status, uint64_t received, uint64_t sent, double seconds, bint complete):
+        """A request of aiohttp's has ended."""
+        self.now = monotonic()
+        self._ended(begun, status, received, sent, seconds, complete)
+
+    @final
+    cdef bytes _begun(self, bytes who, bytes lane, bytes client, const uint8_t *method, Py_ssize_t method_size,
+                      const uint8_t *target, Py_ssize_t target_size):
+        """The part of a request's line that is known when it begins."""
+        cdef uint8_t[6 * LOG_PATH] escaped
+        cdef Py_ssize_t at = 0
+        cdef Py_ssize_t index
+        cdef bytes line = who + b',"lane":"' + lane + b'","client":"' + client + b'","method":"' + (
+            PyBytes_FromStringAndSize(<const char *> method, method_size)) + b'"'
+        if not self.log_paths:
+            return line
+        for index in range(min(target_size, LOG_PATH)):
+            if target[index] == c"?":
+                break
+            if target[index] == c'"' or target[index] == c"\\":
+                escaped[at] = c"\\"
+                escaped[at + 1] = target[index]
+                at += 2
+            elif 0x20 <= target[index] < 0x7f:
+                escaped[at] = target[index]
+                at += 1
+            else:
+                memcpy(escaped + at, b"\\u00", 4)
+                escaped[at + 4] = HEX[target[index] >> 4]
+                escaped[at + 5] = HEX[target[index] & 15]
+                at += 6
+        return line + b',"path":"' + PyBytes_FromStringAndSize(<const char *> escaped, at) + b'"'
+
+    @final
+    cdef int _ended(self, bytes begun, int status, uint64_t received, uint64_t sent, double seconds,
+                    bint complete) except -1:
+        """Appends the line of a request that has ended at `now`."""
+        cdef double when = self.now + self.wall_offset
+        cdef double second = floor(when)
+        cdef Py_ssize_t at
+        cdef uint64_t micros = <uint64_t> (seconds * 1e6) if seconds > 0 else 0
+        cdef uint8_t *out
+        if self.log_size + PyBytes_GET_SIZE(begun) + 512 > LOG_ROOM:
+            self.log_flush()
+            if PyBytes_GET_SIZE(begun) + 512 > LOG_ROOM:
+                return 0        # never: see LOG_PATH
+        if second != self.log_second:
+            self.log_second = second
+            self.log_stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)).encode("ascii")
+        out = <uint8_t *> <char *> self.log
+        at = _text(out, self.log_size, b'{"time":"')
+        at = _text(out, at, self.log_stamp)
+        at = _fraction(out, at, <uint64_t> ((when - second) * 1000), 3)
+        at = _text(out, at, b'Z",')
+        at = _text(out, at, begun)
+        at = _text(out, at, b',"status":')
+        at += _digits(out + at, <uint64_t> status, 10)
+        at = _text(out, at, b',"bytes_in":')
+        at += _digits(out + at, received, 10)
+        at = _text(out, at, b',"bytes_out":')
+        at += _digits(out + at, sent, 10)
+        at = _text(out, at, b',"seconds":')
+        at += _digits(out + at, micros // 1000000, 10)
+        at = _fraction(out, at, micros % 1000000, 6)
+        at = _text(out, at, b',"complete":true}\n' if complete else b',"complete":false}\n')
+        self.log_size = at
+        return 0
 
     def client(self, str name not None):
         """What is counted of a client."""
@@ -497,6 +615,8 @@ cdef class FastStream(Stream):
     cdef int64_t expected           # body bytes; < 0: as many as come
     cdef uint64_t counted
     cdef int status
+    cdef bint whole                 # the answer went out to its end
+    cdef bytes begun                # of the access log's line; None: there is none to come
 
     def __dealloc__(self):
         PyMem_Free(self.raw)
@@ -514,6 +634,8 @@ cdef class FastStream(Stream):
         cdef Connection connection = self.connection
         self.connection = None
         if connection is not None:
+            if self.begun is not None:
+                self._log(connection)
             self.load.streams -= 1
             connection.stream = None
             connection._revoked()
@@ -526,9 +648,19 @@ cdef class FastStream(Stream):
         self.connection = None
         self._forget_request()
         if connection is not None:
+            if self.begun is not None:
+                self._log(connection)
             self.load.streams -= 1
             connection.stream = None
         self.grant_.streams.discard(self)
+        return 0
+
+    @final
+    cdef int _log(self, Connection connection) except -1:
+        cdef Lane lane = connection.lane
+        lane._ended(self.begun, self.status if self.status else VISITOR_WENT, connection.received, self.counted,
+                    lane.now - self.started, self.whole)
+        self.begun = None
         return 0
 
     @final
@@ -543,6 +675,8 @@ cdef class FastStream(Stream):
         if self.session.now > lane.now:
             lane.now = self.session.now     # of the read that brought the answer
         self.service.classes[status // 100] += 1
+        self.status = status
+        self.whole = status != 101
         if status != 101:
             lane._observe(lane.now - self.started)
         return 0
@@ -670,6 +804,8 @@ cdef class FastStream(Stream):
         )
         if not again:
             self._count(connection.lane.statuses.get(code, 502))
+        else:
+            self.begun = None           # the relay will tell
         self._detach()
         connection._failed(raw, code, again, self.grant_)
         return 0
@@ -713,6 +849,7 @@ cdef class FastStream(Stream):
         cdef bint keep_alive = self.keep_alive
         if self.status == 101:
             keep_alive = False
+            self.whole = True
         else:
             self._count(self.status)
         if connection.paused and connection.unconsumed:
@@ -778,6 +915,7 @@ cdef class Connection:
     cdef bytes speaks_for           # X-Forwarded-For that the two below were made from
     cdef bytes forwarded            # fields before, and between the two mentions of, the host name
     cdef bytes forwarded_end
+    cdef bytes logged_as            # the client, in the access log
 
     def __init__(self, Lane lane not None):
         self.lane = lane
@@ -959,6 +1097,7 @@ cdef class Connection:
                 at += self._body(data + at, size - at)
             elif self.phase == P_OPAQUE:
                 if self.stream is not None and not self.stream.ended:
+                    self.received += <uint64_t> (size - at)
                     self._send(data + at, size - at, False)
                 at = size
             elif self.phase == P_SLOW_OPAQUE:
@@ -1005,7 +1144,7 @@ cdef class Connection:
         if fresh and REQUEST.method_id == M_GET and span_equals(data, REQUEST.target, TUNNEL_PATH, 18):
             return self._hand_over(data, n, size)
         if self.framing == BODY_LENGTH and self.left > lane.body_bytes:
-            self._over("body_bytes", data, n)
+            self._over("body_bytes", data, n, None)
             return n
         if lane.fast and self._fast(data, n, size):
             return n
@@ -1172,9 +1311,9 @@ cdef class Connection:
         if entry.admitted is not None and not self._admitted(data, entry):
             return False
         if entry.load.streams >= lane.per_share:
-            return self._over("streams_per_share", data, n)
+            return self._over("streams_per_share", data, n, entry)
         if len(<set> entry.grant.streams) >= lane.per_session:
-            return self._over("streams_per_session", data, n)
+            return self._over("streams_per_session", data, n, entry)
         session = lane._pick(entry)
         if session is None:
             return False
@@ -1185,7 +1324,7 @@ cdef class Connection:
         if inject < 0:
             return False
         if self.trusted and self.client is not None and not self._counts():
-            return self._over("connections_per_client", data, n)
+            return self._over("connections_per_client", data, n, entry)
         written = write_request_head(
             data, &REQUEST, REQUEST_OUT, INJECT, inject, PyBytes_AS_STRING(lane.bearer), PyBytes_GET_SIZE(lane.bearer))
         if written < 0:
@@ -1206,6 +1345,8 @@ cdef class Connection:
         stream.started = lane.now
         stream.service = entry.service
         stream.grant_ = entry.grant
+        if lane.logging:
+            stream.begun = self._line(data, entry)
         stream.load = entry.load
         stream.load.streams += 1
         stream.connection = self
@@ -1223,11 +1364,28 @@ cdef class Connection:
         return True
 
     @final
-    cdef bint _over(self, str limit, const uint8_t *data, Py_ssize_t n) except -1:
+    cdef bint _over(self, str limit, const uint8_t *data, Py_ssize_t n, Entry entry) except -1:
         """A request that is not a malformed one is refused; True, as `_fast` returns it."""
+        cdef bytes line = self._line(data, entry) if self.lane.logging and entry is not None else None
+        cdef int status
         self._wait(T_NONE)
-        self.limited(limit, PyBytes_FromStringAndSize(<const char *> data, n))
+        status = self.limited(limit, PyBytes_FromStringAndSize(<const char *> data, n))
+        if entry is not None:
+            entry.service.classes[status // 100] += 1
+        if line is not None:
+            self.lane._ended(line, status, 0, 0, 0.0, True)
         return True
+
+    @final
+    cdef bytes _line(self, const uint8_t *data, Entry entry):
+        """What the access log knows of the request in REQUEST already."""
+        if entry.who is None:
+            entry.who = self.lane.who(entry.grant)
+        if self.logged_as is None:
+            self.logged_as = self.address.encode("ascii", "replace")
+        return self.lane._begun(
+            entry.who, b"fast", self.logged_as, data + REQUEST.method.at, REQUEST.method.size,
+            data + REQUEST.target.at, REQUEST.target.size)
 
     @final
     cdef bint _counts(self) except -1:
@@ -1330,6 +1488,7 @@ cdef class Connection:
             self.forwarded, self.forwarded_end = self.forwarding(speaks_for)
             self.speaks_for = speaks_for
             self.named = True
+            self.logged_as = None
             if self.trusted:
                 self._count_out()
                 self.client = self.speaker()
@@ -1792,6 +1951,22 @@ cdef Py_ssize_t _digits(uint8_t *out, uint64_t number, uint64_t base) noexcept:
     for index in range(size):
         out[index] = reverse[size - 1 - index]
     return size
+
+
+cdef inline Py_ssize_t _text(uint8_t *out, Py_ssize_t at, bytes text) noexcept:
+    memcpy(out + at, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+    return at + PyBytes_GET_SIZE(text)
+
+
+cdef Py_ssize_t _fraction(uint8_t *out, Py_ssize_t at, uint64_t number, int places) noexcept:
+    """A point and `number` in so many digits."""
+    cdef int place = places
+    out[at] = c"."
+    while place:
+        out[at + place] = c"0" + number % 10
+        number = number // 10
+        place -= 1
+    return at + 1 + places
 
 
 cdef inline Py_ssize_t _put(Py_ssize_t at, const char *data, Py_ssize_t size) noexcept:

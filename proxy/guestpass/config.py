@@ -164,6 +164,10 @@ class EdgeSection(_Section):
     drain_seconds: float = Field(default=30, ge=0, le=3600)
     # Where gateways may go while this edge is drained, besides the edges that they know themselves.
     other_edges: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()
+    access_log: str = (
+        ""  # a file, or "-" for standard output: a line of JSON for each request on a share's origin
+    )
+    access_log_paths: bool = False  # with its path, which may tell what the application would rather not
     api_key: Secret | None = None  # absent: made at the first start, in `api.key` beside the state
     owner: str = "The owner of this Guestpass"  # who shares, on the link page, unless a share says otherwise
     outbox: Path = Path("outbox")  # where mail is written when there is no [mail]

@@ -26,6 +26,7 @@ from guestpass import config as configuration
 from guestpass.config import EdgeConfig, PluginSection
 from guestpass.daemon import Signals, reloading
 from guestpass.edge import headers as h
+from guestpass.edge.access_log import STDOUT, AccessLog
 from guestpass.edge.admission import Admission
 from guestpass.edge.api import Api
 from guestpass.edge.api import routes as api_routes
@@ -91,6 +92,7 @@ class Edge:
         self._tls: ssl.SSLContext | None = None
         self._certificate_hash = b""
         self._draining = False
+        self.access_log: AccessLog | None = None
 
     async def start(self) -> dict[str, Any]:
         """Bring everything up; returns the `ready` line. Raises GuestpassError; what was started is undone then."""
@@ -165,6 +167,11 @@ class Edge:
             limits=config.limits,
         )
         self._lanes.append(self.lane)
+        if edge.access_log:
+            path = None if edge.access_log == STDOUT else config.resolve(Path(edge.access_log))
+            self.access_log = AccessLog(path)
+            self.lane.log_to(self.access_log.write, edge.access_log_paths)
+            self.metrics.watch_access_log(lambda: self.access_log.dropped if self.access_log else 0)
         self.relay = Relay(
             grants=self.grants,
             admission=self.admission,
@@ -176,6 +183,7 @@ class Edge:
             share_origin=self.origins.share_origin,
             learn=self.lane.learn,
             refusals=self.refusals,
+            access_log=self.lane if self.access_log is not None else None,
         )
         self.metrics.watch_lane(lambda: self.lane.services.values(), lambda: self.lane.durations)
         self.metrics.watch(
@@ -276,13 +284,18 @@ class Edge:
                 log.exception("while stopping")
         for lane in self._lanes:
             lane.close()
+        if self.access_log is not None:
+            await asyncio.to_thread(self.access_log.close)
 
     def reload(self) -> None:
-        """SIGHUP: certificates are read again; a configuration with faults changes nothing. Live streams stay."""
+        """SIGHUP: certificates are read again, the access log is opened again; a configuration with faults changes
+        nothing. Live streams stay."""
         with reloading():
             self._reload()
 
     def _reload(self) -> None:
+        if self.access_log is not None:
+            self.access_log.reopen()
         try:
             fresh = configuration.load_edge(self.config.file)
             if fresh.edge.tls is not None and self._tls is not None:

@@ -29,6 +29,7 @@ from guestpass import scope
 from guestpass.config import Limits
 from guestpass.edge import headers as h
 from guestpass.edge import limits
+from guestpass.edge.access_log import who
 from guestpass.edge.grants import Grant, GrantTable
 from guestpass.edge.metrics import DURATIONS
 from guestpass.edge.relay import RETRY_AFTER, STATUS_OF_RESET
@@ -172,12 +173,12 @@ class Asked:
 class Front(Connection, asyncio.BufferedProtocol):
     """The protocol of an accepted connection, from its first byte to its last (or to its tunnel handshake)."""
 
-    __slots__ = ("_address", "_handler", "_handler_writes", "_shim", "handler_paused", "house", "wrote")
+    __slots__ = ("_handler", "_handler_writes", "_shim", "_spoken_for", "handler_paused", "house", "wrote")
 
     def __init__(self, house: House) -> None:
         super().__init__(house.lane)
         self.house = house
-        self._address = ""  # of the client, since `forwarding`
+        self._spoken_for = ""
         self._handler: Any = None
         self._shim: Shim | None = None
         self._handler_writes = True  # what the handler was told; pause and resume must alternate
@@ -264,9 +265,9 @@ class Front(Connection, asyncio.BufferedProtocol):
         self.house.refused(status)
         self.respond(self._page(None, status, error_id, message=reason), False)
 
-    def limited(self, limit: str, head: bytes | None) -> None:
+    def limited(self, limit: str, head: bytes | None) -> int:
         """A limit was reached. None: the connection is cut. Else there is an answer: to the request with this `head`,
-        or, where that is empty or its end cannot be known, before the connection is closed."""
+        or, where that is empty or its end cannot be known, before the connection is closed. Returns its status."""
         error_id = self.noted(limit)
         told = limits.TABLE[limit]
         if self.slow and (head is None or not head):
@@ -274,7 +275,7 @@ class Front(Connection, asyncio.BufferedProtocol):
             self._drop_handler(None)
         if head is None or not told.status:
             self.cut_now()
-            return
+            return told.status
         if not head:
             self.house.refused(told.status)
         asked = Asked.of(head) if head else None
@@ -286,6 +287,7 @@ class Front(Connection, asyncio.BufferedProtocol):
             retry_after=limits.RETRY_AFTER if told.retry else None,
         )
         self.respond(page, asked is not None and self.may_keep_alive)
+        return told.status
 
     def noted(self, limit: str) -> str:
         """Counts and logs it; the id of the error."""
@@ -350,9 +352,14 @@ class Front(Connection, asyncio.BufferedProtocol):
             return None
         return self.lane.client(limits.client_of(address))
 
+    @property
+    def address(self) -> str:
+        """Of the client, behind trusted proxies the one that was told last."""
+        return self._spoken_for or self._peer
+
     def speaker(self) -> Client | None:
         """Whose request a trusted proxy passes on; None where that is its own."""
-        return self._client(self._address)
+        return self._client(self._spoken_for)
 
     def _may_begin(self, head: bytes) -> bool:
         """Behind a trusted proxy: whether the client that it speaks for may have one more request under way."""
@@ -376,7 +383,7 @@ class Front(Connection, asyncio.BufferedProtocol):
         told = () if speaks_for is None else ((b"x-forwarded-for", speaks_for),)
         address = h.client_address(peer, told, self.house.trusted_proxies)
         scheme = "https" if self.secure else self.house.scheme if self.trusts() else "http"
-        self._address = address
+        self._spoken_for = address
         before, between, _ = h.forwarded_fields(address, scheme, b"\0").split(b"\0")
         return before, between
 
@@ -470,6 +477,9 @@ class FastLane(Lane):
     def others(self, grant: Grant) -> bool:
         """Whether another gateway than the session's reaches the service."""
         return any(c.name != grant.gateway for c in self._tunnels.candidates(grant.site, grant.service))
+
+    def who(self, grant: Grant) -> bytes:
+        return who(grant.share.id, grant)
 
     def identity(self, grant: Grant, now: float) -> tuple[bytes, float]:
         return self._signer.fields(grant, now), grant.headers_until

@@ -96,6 +96,10 @@ class Metrics:
         of their seconds."""
         self.registry.register(_Requests(self.requests, self.request_seconds, services, durations))
 
+    def watch_access_log(self, dropped: Callable[[], int]) -> None:
+        """Registered only where there is an access log."""
+        self.registry.register(_Dropped(dropped))
+
     def watch(
         self,
         *,
@@ -146,6 +150,19 @@ class _Requests(Collector):
                 samples.append(sample)
             metric.samples = samples
             yield metric
+
+
+class _Dropped(Collector):
+    def __init__(self, dropped: Callable[[], int]) -> None:
+        self._dropped = dropped
+
+    def collect(self) -> Iterable[Metric]:
+        lines = CounterMetricFamily(
+            "guestpass_access_log_dropped",
+            "Lines that the disk, or who reads standard output, was too slow for",
+        )
+        lines.add_metric((), self._dropped())
+        return (lines,)
 
 
 class _Tunnels(Collector):

@@ -34,8 +34,9 @@ from guestpass import scope
 from guestpass.config import Limits
 from guestpass.edge import headers as h
 from guestpass.edge import limits
+from guestpass.edge.access_log import who
 from guestpass.edge.grants import Grant, GrantTable
-from guestpass.edge.keys import CLIENT, SCHEME
+from guestpass.edge.keys import CLIENT, GRANT, LIVE, SCHEME
 from guestpass.edge.limits import Refusals
 from guestpass.errors import Forbidden, NoGateway, NotFound, PluginFailed, ShareEnded, Unauthorized
 from guestpass.loop import abort_now, unsent
@@ -43,6 +44,7 @@ from guestpass.model import SessionKind
 from guestpass.mux.stream import StreamReset, TunnelStream
 from guestpass.plugin import Denied, RequestContext
 from guestpass.tokens import BEARER_PREFIX, digest
+from guestpass_speedups.relay import VISITOR_GONE, Lane
 from guestpass_speedups.session import ErrorCode, StreamRefused
 
 if TYPE_CHECKING:
@@ -147,6 +149,10 @@ class Live:
     task: asyncio.Task[Any]
     stream: TunnelStream | None = None
     ended: str = ""
+    status: int = 0
+    """Of the application's answer, once its head went out."""
+    whole: bool = False
+    """The answer was written to its end."""
 
     def end(self, reason: str) -> None:
         """Nothing more reaches the visitor: the socket is reset with what it had queued, then the rest is undone."""
@@ -199,9 +205,10 @@ class Relay:
         share_origin: Callable[[str], str],
         learn: Callable[[Grant, str], None] | None = None,
         refusals: Refusals | None = None,
+        access_log: Lane | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """`learn(grant, secret)` is told which secret a grant was found by."""
+        """`learn(grant, secret)` is told which secret a grant was found by. `access_log` takes each request's line."""
         self._grants = grants
         self._admission = admission
         self._tunnels = tunnels
@@ -211,6 +218,7 @@ class Relay:
         self._metrics = metrics
         self._share_origin = share_origin
         self._learn = learn
+        self._log = access_log
         self._refusals = refusals if refusals is not None else Refusals(Limits())
         self._limits = self._refusals.limits
         self._now = now
@@ -219,6 +227,36 @@ class Relay:
 
     async def handle(self, request: web.Request, share_id: str) -> web.StreamResponse:
         """Answer one request on the origin of `share_id`. `request[CLIENT]` is set."""
+        lane = self._log
+        if lane is None:
+            return await self._handle(request, share_id)
+        start = time.perf_counter()
+        status, complete = 0, False
+        try:
+            response = await self._handle(request, share_id)
+            status, complete = response.status, True
+            return response
+        finally:
+            grant, live = request.get(GRANT), request.get(LIVE)
+            stream = None
+            if isinstance(live, Live) and live.status:
+                status, complete, stream = live.status, live.whole, live.stream
+            begun = lane.begun(
+                who(share_id, grant if isinstance(grant, Grant) else None),
+                request[CLIENT].address,
+                request.method.encode("ascii", "replace"),
+                request.raw_path.encode("utf-8", "surrogateescape"),
+            )
+            lane.ended(
+                begun,
+                status or VISITOR_GONE,
+                stream.bytes_sent if stream is not None else 0,
+                stream.bytes_received if stream is not None else 0,
+                time.perf_counter() - start,
+                complete,
+            )
+
+    async def _handle(self, request: web.Request, share_id: str) -> web.StreamResponse:
         start = time.perf_counter()
         for _ in range(MAX_ADMISSIONS):
             answer = await self._admit(request, share_id)
@@ -226,6 +264,7 @@ class Relay:
                 self._count("-", answer.status, None)
                 return answer
             grant, context = answer
+            request[GRANT] = grant
             try:
                 response = await self._exchange(request, grant, context)
             except _GrantDropped:
@@ -340,12 +379,13 @@ class Relay:
             return self._limited(request, "streams_per_session")
         task = asyncio.current_task()
         assert task is not None
-        live = Live(grant, request, task)
+        request[LIVE] = live = Live(grant, request, task)
         grant.streams.add(live)
         load = grant.load
         load.streams += 1
         try:
             response = await self._with_retries(request, live, head, upgrade=upgrade)
+            live.whole = True
             if isinstance(response, RelayResponse):
                 await self._see_off(request, live, response)
             return response
@@ -488,6 +528,7 @@ class Relay:
             pump = asyncio.create_task(_pump_request(request, stream, patience.progress))
         try:
             head, fin = await self._response_head(request, stream, patience, upgrade=upgrade)
+            live.status = head.status
             if head.status == 101:
                 return await _serve_upgraded(request, stream, head)
             complete = pump is None or pump.done()
@@ -499,6 +540,7 @@ class Relay:
                 keep_alive=request.keep_alive and complete and not self.leaving,
             )
         except h.BadResponse as exc:
+            live.status = 0
             stream.reset(ErrorCode.PROTOCOL_ERROR)
             return self._problem(request, 502, f"{live.grant.site}/{live.grant.service}: {exc}")
         finally:
