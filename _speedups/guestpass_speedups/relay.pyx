@@ -27,15 +27,25 @@ that came in the same frame; an answer that is complete is written at once, what
 **Credit** is given for what was handed to a transport that is not paused. While it is paused, bytes are counted in
 `unconsumed`, and the gateway stops when the window is full. Reading the tunnel never stops.
 
+**The access log** costs a branch where it is off. Where it is on, a stream is born with the part of its line that is
+known then (`begun`), and whoever ends it appends the line to `Lane.log`, which goes out as one piece.
+
 **Revocation** calls FastStream.end: the socket is reset with what its kernel holds, synchronously. A complete answer
 may still wait in the kernel, so each connection leaves a FastTail in the grant that it answered last; the clock takes
 it back when the visitor has everything. A connection that is to be closed is closed then, not before.
 
 **Time limits** need no timer per connection: each kind has one length, so a list in order of entry is in order of
-expiry. `tick` looks at the first of each, once a second.
+expiry. `tick` looks at the first of each, once a second. One does not fit, that the visitor reads: connections with
+output that does not leave are in `stuck`, and `tick` asks the kernel whether the visitor acknowledged anything.
+
+**Number limits** are counted on objects that are at hand: a Client has its open connections (behind a trusted proxy:
+its requests under way), a session's grant its streams, a share's Load the streams of all of its sessions. What is over
+a limit, in time or number, goes to `limited` of front.py by the limit's name in `[limits]`.
 """
 
 import asyncio
+import time
+import weakref
 
 from cython cimport final
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -43,6 +53,7 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.object cimport PyObject
 from cpython.time cimport monotonic, time as wall_clock
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.math cimport floor
 from libc.string cimport memcmp, memcpy, memmove, memset
 
 from guestpass_speedups.frames cimport MAX_STREAM_ID
@@ -54,6 +65,7 @@ from guestpass_speedups.http1 cimport (
     CHUNK_END,
     CHUNK_MORE,
     CHUNK_TRAILER,
+    E_TOO_LARGE,
     F_AUTHORIZATION,
     F_HOST,
     F_ORIGIN,
@@ -108,10 +120,11 @@ cdef enum:
     ADMITTED_PATH = 256
     # Buckets of the histogram of durations.
     BUCKETS_MAX = 32
+    # Lines of the access log that wait for one write: some 250 of them. At full speed that is a hundredth of a second.
+    LOG_ROOM = 65536
+    # Of a path so much is logged; escaped, a byte is six at most. The fixed rest of a line is below 512.
+    LOG_PATH = 2048
 
-cdef double HEAD_SECONDS = 30.0         # for a request head, from its first byte; for the first, from the connection
-cdef double IDLE_SECONDS = 75.0         # between requests; nginx's default
-cdef double ANSWER_SECONDS = 300.0      # from the last of the request to the head of its answer (edge/relay.py)
 cdef double LINGER_SECONDS = 2.0        # answered before the request had ended
 # How soon, and then how often, it is looked whether the visitor has all of an answer, before its connection is closed.
 cdef double SENT_FIRST = 0.001
@@ -120,9 +133,11 @@ cdef double HALF_CLOSED_SECONDS = 10.0  # the application's last bytes after a v
 # How exactly the last use of a session is known. Nobody asks for less than a minute.
 cdef double USED_SECONDS = 1.0
 
-HEAD_TIMEOUT = HEAD_SECONDS
-IDLE_TIMEOUT = IDLE_SECONDS
-ANSWER_TIMEOUT = ANSWER_SECONDS
+# Connections of one client beyond its limit are told so, and held until the answer has arrived; those beyond this many
+# times the limit are cut at once.
+cdef enum:
+    CUT_FACTOR = 2
+
 HELD_LIMIT = HELD_MAX
 
 cdef enum:      # phases
@@ -140,13 +155,15 @@ PHASES = ("NEW", "HEAD", "FAST", "OPAQUE", "SLOW", "SLOW_OPAQUE", "LINGER", "GON
 cdef enum:      # what a connection waits for
     T_NONE
     T_HEAD
+    T_BODY
     T_IDLE
     T_ANSWER
     T_LINGER
     T_HALF_CLOSED
+    T_UPGRADE
     N_TIMERS
 
-TIMERS = ("NONE", "HEAD", "IDLE", "ANSWER", "LINGER", "HALF_CLOSED")
+TIMERS = ("NONE", "HEAD", "BODY", "IDLE", "ANSWER", "LINGER", "HALF_CLOSED", "UPGRADE")
 
 cdef struct TimerList:
     PyObject *first
@@ -161,7 +178,12 @@ cdef uint8_t[INJECT_MAX] INJECT
 # The answer's head that waits for the body bytes of its frame: see Lane.head_for. 256 for framing and Connection.
 cdef uint8_t[WRITE_ROOM + 256] HEAD_OUT
 
+# The status in the access log of a request whose visitor went, or was cut off, before the answer began: nginx's.
+cdef int VISITOR_WENT = 499
+VISITOR_GONE = VISITOR_WENT
+
 cdef bytes CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+cdef const char *HEX = "0123456789abcdef"
 cdef const char *TUNNEL_PATH = "/.guestpass/tunnel"
 cdef const char *RESERVED_PATHS = "/.guestpass/"
 cdef const char *SESSION_COOKIE = "__Host-guestpass"
@@ -183,6 +205,22 @@ cdef class Service:
         return [(f"{n}xx", self.classes[n]) for n in range(1, 6) if self.classes[n]]
 
 
+cdef class Load:
+    """What a share has under way. Its grants have it in common; who opens a stream for one of them counts it here."""
+    cdef object __weakref__
+    cdef public Py_ssize_t streams
+
+
+cdef class Client:
+    """An address, or a network, and what it has open."""
+    cdef object __weakref__
+    cdef readonly str name
+    cdef readonly Py_ssize_t open
+
+    def __init__(self, str name not None):
+        self.name = name
+
+
 cdef class Entry:
     """What the fast lane knows of a grant. The grant table keeps it beside its digest, under the secret itself."""
     cdef readonly object grant
@@ -190,6 +228,8 @@ cdef class Entry:
     cdef bytes host                 # of the share's origin; Host must be exactly this
     cdef bytes origin
     cdef Service service
+    cdef Load load
+    cdef bytes who                  # for the access log; None: ask
     cdef bint live
     cdef bint cookie
     cdef double expires             # seconds since the epoch; < 0: never
@@ -207,6 +247,7 @@ cdef class Entry:
         self.host = host.encode("ascii")
         self.origin = origin.encode("ascii")
         self.service = service
+        self.load = grant.load
         self.cookie = cookie
         self.expires = -1.0 if grant.expires is None else grant.expires
         self.identity = b""
@@ -222,6 +263,7 @@ cdef class Entry:
     def moved(self):
         """The grant has another gateway."""
         self.ways = 0
+        self.who = None
 
 
 cdef class Lane:
@@ -239,6 +281,22 @@ cdef class Lane:
     cdef object abort_now
     cdef object unsent
     cdef object resume_reading
+    cdef object acknowledged
+    cdef object clients             # by name, as long as a connection refers to them
+    cdef bint logging               # there is an access log
+    cdef bint log_paths
+    cdef object log_write
+    cdef bytearray log              # never resized
+    cdef Py_ssize_t log_size
+    cdef double log_second          # `log_stamp` is of this one
+    cdef bytes log_stamp
+    cdef dict stuck                 # connections with output that the visitor does not take
+    cdef double write_seconds
+    cdef Py_ssize_t head_bytes
+    cdef uint64_t body_bytes
+    cdef Py_ssize_t per_client
+    cdef Py_ssize_t per_session
+    cdef Py_ssize_t per_share
     cdef set tails
     cdef object _timer
     cdef bytearray storage          # never resized
@@ -257,7 +315,8 @@ cdef class Lane:
     cdef double seconds
 
     def __init__(self, *, dict cookies, dict tokens, bytes bearer, dict statuses, buckets, abort_now, unsent,
-                 resume_reading, bint fast):
+                 resume_reading, acknowledged, limits, bint fast):
+        """`limits` has the keys of `[limits]` as attributes."""
         cdef int index
         self.fast = fast
         self.cookies = cookies
@@ -267,6 +326,15 @@ cdef class Lane:
         self.abort_now = abort_now
         self.unsent = unsent
         self.resume_reading = resume_reading
+        self.acknowledged = acknowledged
+        self.clients = weakref.WeakValueDictionary()
+        self.stuck = {}
+        self.write_seconds = limits.write_progress_seconds
+        self.head_bytes = limits.head_bytes
+        self.body_bytes = limits.body_bytes if limits.body_bytes else <uint64_t> -1
+        self.per_client = limits.connections_per_client
+        self.per_session = limits.streams_per_session
+        self.per_share = limits.streams_per_share
         self.tails = set()
         self.connections = set()
         self.services = {}
@@ -282,9 +350,11 @@ cdef class Lane:
             raise ValueError(f"more than {BUCKETS_MAX} buckets")
         for index in range(self.n_bounds):
             self.bounds[index] = buckets[index]
-        self.timers[T_HEAD].seconds = HEAD_SECONDS
-        self.timers[T_IDLE].seconds = IDLE_SECONDS
-        self.timers[T_ANSWER].seconds = ANSWER_SECONDS
+        self.timers[T_HEAD].seconds = limits.head_seconds
+        self.timers[T_BODY].seconds = limits.body_progress_seconds
+        self.timers[T_IDLE].seconds = limits.idle_seconds
+        self.timers[T_ANSWER].seconds = limits.answer_seconds
+        self.timers[T_UPGRADE].seconds = limits.upgrade_idle_seconds
         self.timers[T_LINGER].seconds = LINGER_SECONDS
         self.timers[T_HALF_CLOSED].seconds = HALF_CLOSED_SECONDS
         self._timer = self.loop.call_later(1.0, self._ticked)
@@ -304,6 +374,10 @@ cdef class Lane:
             connection = (<FastTail> tail).connection
             if connection.transport is None or not self.unsent(connection.transport):
                 connection._forget_tail()
+        if self.log_size:
+            self.log_flush()
+        for stuck in list(self.stuck):
+            (<Connection> stuck)._look(now)
         for kind in range(1, N_TIMERS):
             while True:
                 first = self.timers[kind].first
@@ -320,10 +394,110 @@ cdef class Lane:
             self._timer = None
         for connection in list(self.connections):
             (<Connection> connection)._cut(CANCEL)
+        if self.log_size:
+            self.log_flush()
 
     def changed(self):
         """A tunnel came or went, or what a gateway reaches has changed."""
         self.ways += 1
+
+    # -- the access log --------------------------------------------------------------------------------------
+
+    def log_to(self, write, bint paths):
+        """Each request's line goes to `write`, many at once. `paths`: with its path, without the query."""
+        self.log = bytearray(LOG_ROOM)
+        self.log_second = -1.0
+        self.log_write = write
+        self.log_paths = paths
+        self.logging = True
+
+    def log_flush(self):
+        """Hands over the lines that wait."""
+        lines = bytes(memoryview(self.log)[:self.log_size])
+        self.log_size = 0
+        self.log_write(lines)
+
+    def begun(self, bytes who not None, str client not None, bytes method not None, bytes target not None):
+        """As `_begun`, for a request of aiohttp's."""
+        return self._begun(
+            who, b"aiohttp", client.encode("ascii", "replace"),
+            <const uint8_t *> PyBytes_AS_STRING(method), PyBytes_GET_SIZE(method),
+            <const uint8_t *> PyBytes_AS_STRING(target), PyBytes_GET_SIZE(target))
+
+    def ended(self, bytes begun not None, int status, uint64_t received, uint64_t sent, double seconds, bint complete):
+        """A request of aiohttp's has ended."""
+        self.now = monotonic()
+        self._ended(begun, status, received, sent, seconds, complete)
+
+    @final
+    cdef bytes _begun(self, bytes who, bytes lane, bytes client, const uint8_t *method, Py_ssize_t method_size,
+                      const uint8_t *target, Py_ssize_t target_size):
+        """The part of a request's line that is known when it begins."""
+        cdef uint8_t[6 * LOG_PATH] escaped
+        cdef Py_ssize_t at = 0
+        cdef Py_ssize_t index
+        cdef bytes line = who + b',"lane":"' + lane + b'","client":"' + client + b'","method":"' + (
+            PyBytes_FromStringAndSize(<const char *> method, method_size)) + b'"'
+        if not self.log_paths:
+            return line
+        for index in range(min(target_size, LOG_PATH)):
+            if target[index] == c"?":
+                break
+            if target[index] == c'"' or target[index] == c"\\":
+                escaped[at] = c"\\"
+                escaped[at + 1] = target[index]
+                at += 2
+            elif 0x20 <= target[index] < 0x7f:
+                escaped[at] = target[index]
+                at += 1
+            else:
+                memcpy(escaped + at, b"\\u00", 4)
+                escaped[at + 4] = HEX[target[index] >> 4]
+                escaped[at + 5] = HEX[target[index] & 15]
+                at += 6
+        return line + b',"path":"' + PyBytes_FromStringAndSize(<const char *> escaped, at) + b'"'
+
+    @final
+    cdef int _ended(self, bytes begun, int status, uint64_t received, uint64_t sent, double seconds,
+                    bint complete) except -1:
+        """Appends the line of a request that has ended at `now`."""
+        cdef double when = self.now + self.wall_offset
+        cdef double second = floor(when)
+        cdef Py_ssize_t at
+        cdef uint64_t micros = <uint64_t> (seconds * 1e6) if seconds > 0 else 0
+        cdef uint8_t *out
+        if self.log_size + PyBytes_GET_SIZE(begun) + 512 > LOG_ROOM:
+            self.log_flush()
+            if PyBytes_GET_SIZE(begun) + 512 > LOG_ROOM:
+                return 0        # never: see LOG_PATH
+        if second != self.log_second:
+            self.log_second = second
+            self.log_stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)).encode("ascii")
+        out = <uint8_t *> <char *> self.log
+        at = _text(out, self.log_size, b'{"time":"')
+        at = _text(out, at, self.log_stamp)
+        at = _fraction(out, at, <uint64_t> ((when - second) * 1000), 3)
+        at = _text(out, at, b'Z",')
+        at = _text(out, at, begun)
+        at = _text(out, at, b',"status":')
+        at += _digits(out + at, <uint64_t> status, 10)
+        at = _text(out, at, b',"bytes_in":')
+        at += _digits(out + at, received, 10)
+        at = _text(out, at, b',"bytes_out":')
+        at += _digits(out + at, sent, 10)
+        at = _text(out, at, b',"seconds":')
+        at += _digits(out + at, micros // 1000000, 10)
+        at = _fraction(out, at, micros % 1000000, 6)
+        at = _text(out, at, b',"complete":true}\n' if complete else b',"complete":false}\n')
+        self.log_size = at
+        return 0
+
+    def client(self, str name not None):
+        """What is counted of a client."""
+        found = self.clients.get(name)
+        if found is None:
+            found = self.clients[name] = Client(name)
+        return found
 
     def service(self, str name not None):
         """The counters of a service."""
@@ -427,6 +601,7 @@ cdef class FastStream(Stream):
     """One exchange of the fast lane: `grants.LiveStream`."""
     cdef Connection connection      # None when it is over for the visitor
     cdef object grant_
+    cdef Load load
     cdef Service service
     cdef uint8_t *raw               # the request's head as it came, until the answer's has come
     cdef Py_ssize_t raw_size
@@ -440,6 +615,8 @@ cdef class FastStream(Stream):
     cdef int64_t expected           # body bytes; < 0: as many as come
     cdef uint64_t counted
     cdef int status
+    cdef bint whole                 # the answer went out to its end
+    cdef bytes begun                # of the access log's line; None: there is none to come
 
     def __dealloc__(self):
         PyMem_Free(self.raw)
@@ -457,6 +634,9 @@ cdef class FastStream(Stream):
         cdef Connection connection = self.connection
         self.connection = None
         if connection is not None:
+            if self.begun is not None:
+                self._log(connection)
+            self.load.streams -= 1
             connection.stream = None
             connection._revoked()
         self.abandon(REVOKED)
@@ -468,8 +648,19 @@ cdef class FastStream(Stream):
         self.connection = None
         self._forget_request()
         if connection is not None:
+            if self.begun is not None:
+                self._log(connection)
+            self.load.streams -= 1
             connection.stream = None
         self.grant_.streams.discard(self)
+        return 0
+
+    @final
+    cdef int _log(self, Connection connection) except -1:
+        cdef Lane lane = connection.lane
+        lane._ended(self.begun, self.status if self.status else VISITOR_WENT, connection.received, self.counted,
+                    lane.now - self.started, self.whole)
+        self.begun = None
         return 0
 
     @final
@@ -484,6 +675,8 @@ cdef class FastStream(Stream):
         if self.session.now > lane.now:
             lane.now = self.session.now     # of the read that brought the answer
         self.service.classes[status // 100] += 1
+        self.status = status
+        self.whole = status != 101
         if status != 101:
             lane._observe(lane.now - self.started)
         return 0
@@ -526,7 +719,8 @@ cdef class FastStream(Stream):
         self.answering = True
         self.status = RESPONSE.status
         self._forget_request()
-        connection._wait(T_NONE)
+        # What is left of the request must go on coming.
+        connection._wait(T_BODY if connection.framing != BODY_NONE and not connection.blocked else T_NONE)
         if self.status == 101:
             memcpy(out + written, b"\r\n", 2)
             written += 2
@@ -584,6 +778,8 @@ cdef class FastStream(Stream):
             return connection._cut(PROTOCOL_ERROR)      # more bytes than the head promised
         if fin:
             return self._end_of_body(data, size)
+        if connection.timer == T_UPGRADE:
+            connection._wait(T_UPGRADE)
         connection._give(data, size, self.chunked, False)
         return 0
 
@@ -608,6 +804,8 @@ cdef class FastStream(Stream):
         )
         if not again:
             self._count(connection.lane.statuses.get(code, 502))
+        else:
+            self.begun = None           # the relay will tell
         self._detach()
         connection._failed(raw, code, again, self.grant_)
         return 0
@@ -651,6 +849,7 @@ cdef class FastStream(Stream):
         cdef bint keep_alive = self.keep_alive
         if self.status == 101:
             keep_alive = False
+            self.whole = True
         else:
             self._count(self.status)
         if connection.paused and connection.unconsumed:
@@ -691,6 +890,7 @@ cdef class Connection:
     cdef bint keep_alive
     cdef uint8_t framing            # of what is left of the body
     cdef uint64_t left
+    cdef uint64_t received          # of the body
     cdef Chunked chunked
     cdef bint reframed              # the handler is given chunks of our own
     cdef bint slow_answered
@@ -704,14 +904,19 @@ cdef class Connection:
     cdef list queue
     cdef Py_ssize_t queued
     cdef uint64_t unconsumed
+    cdef object acked               # while in Lane.stuck: what the visitor had acknowledged, and since when
+    cdef double acked_at
 
     # who
     cdef Entry last
+    cdef Client client
+    cdef bint counted               # by `client`
     cdef bint named                 # the three below are known
     cdef bint trusted               # the peer may speak for others (`trusted_proxies`)
     cdef bytes speaks_for           # X-Forwarded-For that the two below were made from
     cdef bytes forwarded            # fields before, and between the two mentions of, the host name
     cdef bytes forwarded_end
+    cdef bytes logged_as            # the client, in the access log
 
     def __init__(self, Lane lane not None):
         self.lane = lane
@@ -752,9 +957,22 @@ cdef class Connection:
         self.lane.connections.add(self)
         self.lane.now = monotonic()
         self._wait(T_HEAD)
+        self.client = self.arrived()
+        if self.client is None or self._counts():
+            return
+        if self.client.open >= CUT_FACTOR * self.lane.per_client:
+            self.limited("connections_per_client", None)
+            return
+        self._count_in()
+        self.framing = BODY_LENGTH      # a request is on its way, and nobody looks at it
+        self.left = <uint64_t> -1
+        self.limited("connections_per_client", b"")
 
     def connection_lost(self, exc):
         self.lane.connections.discard(self)
+        self.lane.stuck.pop(self, None)
+        self._count_out()
+        self.client = None
         self._drop_stream(CANCEL)
         self._forget_tail()
         self._gone()
@@ -773,6 +991,8 @@ cdef class Connection:
             self._wait(T_HALF_CLOSED)
             return True
         self._drop_stream(CANCEL)
+        if self.paused:
+            self._watch()                   # the transport closes when its buffer is empty
         if self.phase != P_SLOW_OPAQUE and self.phase != P_SLOW:
             self.phase = P_GONE
         return None
@@ -801,11 +1021,13 @@ cdef class Connection:
 
     def pause_writing(self):
         self.paused = True
+        self._watch()
         if self.phase == P_SLOW or self.phase == P_SLOW_OPAQUE:
             self.writing(False)
 
     def resume_writing(self):
         self.paused = False
+        self.lane.stuck.pop(self, None)
         self.lane.now = monotonic()
         self._credit()
         if self.phase == P_SLOW or self.phase == P_SLOW_OPAQUE:
@@ -876,9 +1098,11 @@ cdef class Connection:
                 at += self._body(data + at, size - at)
             elif self.phase == P_OPAQUE:
                 if self.stream is not None and not self.stream.ended:
+                    self.received += <uint64_t> (size - at)
                     self._send(data + at, size - at, False)
                 at = size
             elif self.phase == P_SLOW_OPAQUE:
+                self._wait(T_UPGRADE)
                 self.feed(PyBytes_FromStringAndSize(<const char *> data + at, size - at))
                 at = size
             elif self.phase == P_LINGER or self.phase == P_GONE:
@@ -893,10 +1117,16 @@ cdef class Connection:
         cdef Lane lane = self.lane
         cdef Py_ssize_t n = scan_request(data, size, &REQUEST, &self.searched, 0)
         cdef bint fresh
-        if n == 0:
+        if n == 0 and size <= lane.head_bytes:
             if self.timer != T_HEAD:
                 self._wait(T_HEAD)
             return 0
+        if n == 0 or n > lane.head_bytes or n == E_TOO_LARGE:
+            self._wait(T_NONE)
+            self.minor = 1
+            self.framing = BODY_NONE
+            self.limited("head_bytes", b"")
+            return size
         fresh = self.fresh
         self.fresh = False
         if n < 0:
@@ -911,10 +1141,14 @@ cdef class Connection:
         self.keep_alive = REQUEST.keep_alive
         self.framing = REQUEST.framing
         self.left = REQUEST.content_length
+        self.received = 0
         if self.framing == BODY_CHUNKED:
             memset(&self.chunked, 0, sizeof(Chunked))
         if fresh and REQUEST.method_id == M_GET and span_equals(data, REQUEST.target, TUNNEL_PATH, 18):
             return self._hand_over(data, n, size)
+        if self.framing == BODY_LENGTH and self.left > lane.body_bytes:
+            self._over("body_bytes", data, n, None)
+            return n
         if lane.fast and self._fast(data, n, size):
             return n
         self._slow(PyBytes_FromStringAndSize(<const char *> data, n), REQUEST.upgrade == UPGRADE_WEBSOCKET)
@@ -928,6 +1162,9 @@ cdef class Connection:
         transport = self.transport
         self._wait(T_NONE)
         self.phase = P_GONE
+        self._count_out()
+        self.client = None
+        self.lane.stuck.pop(self, None)
         self.lane.connections.discard(self)
         self.transport = None
         self._write = None
@@ -975,9 +1212,13 @@ cdef class Connection:
         """Some body bytes; the last ones when `framing` is BODY_NONE."""
         cdef bint last = self.framing == BODY_NONE
         cdef bytes piece
+        self.received += <uint64_t> size
+        if self.received > self.lane.body_bytes:
+            return self._broken_off("body_bytes", 413)
         if self.phase == P_FAST:
             self._send(data, size, last)
             return 0
+        self._wait(T_NONE if last or self.slow_blocked else T_BODY)
         piece = PyBytes_FromStringAndSize(<const char *> data, size)
         if self.reframed:
             if size:
@@ -995,9 +1236,19 @@ cdef class Connection:
             return 0
         if not self.stream.send_raw(data, size, last) and not last:
             self.blocked = True
-        if self.timer == T_ANSWER:
-            self._wait(T_ANSWER)        # an upload may take longer, if it only moves
+        if self.timer == T_UPGRADE:
+            self._wait(T_UPGRADE)
+        elif self.timer != T_HALF_CLOSED:
+            self._wait_for_body(last)
         return 0
+
+    @final
+    cdef int _wait_for_body(self, bint last) except -1:
+        """An upload may take as long as it likes, if it only moves: the visitor's turn, or the application's."""
+        cdef bint answering = self.stream is not None and self.stream.answering
+        if not last and not self.blocked:
+            return self._wait(T_BODY)
+        return self._wait(T_NONE if answering else T_ANSWER)
 
     @final
     cdef int _sync_reading(self) except -1:
@@ -1015,7 +1266,11 @@ cdef class Connection:
             self.reading_paused = pause
             if pause:
                 self.transport.pause_reading()
+                if self.timer == T_BODY and self.phase == P_SLOW:
+                    self._wait(T_NONE)
             else:
+                if self.framing != BODY_NONE and (self.phase == P_FAST or self.phase == P_SLOW):
+                    self._wait(T_BODY)      # the visitor's turn again
                 self.lane.resume_reading(self.transport)
         return 0
 
@@ -1058,6 +1313,10 @@ cdef class Connection:
             return False
         if entry.admitted is not None and not self._admitted(data, entry):
             return False
+        if entry.load.streams >= lane.per_share:
+            return self._over("streams_per_share", data, n, entry)
+        if len(<set> entry.grant.streams) >= lane.per_session:
+            return self._over("streams_per_session", data, n, entry)
         session = lane._pick(entry)
         if session is None:
             return False
@@ -1067,6 +1326,8 @@ cdef class Connection:
         inject = self._inject(data, entry, now, host)
         if inject < 0:
             return False
+        if self.trusted and self.client is not None and not self._counts():
+            return self._over("connections_per_client", data, n, entry)
         written = write_request_head(
             data, &REQUEST, REQUEST_OUT, INJECT, inject, PyBytes_AS_STRING(lane.bearer), PyBytes_GET_SIZE(lane.bearer))
         if written < 0:
@@ -1087,6 +1348,10 @@ cdef class Connection:
         stream.started = lane.now
         stream.service = entry.service
         stream.grant_ = entry.grant
+        if lane.logging:
+            stream.begun = self._line(data, entry)
+        stream.load = entry.load
+        stream.load.streams += 1
         stream.connection = self
         stream.upgrade = upgrade
         stream.to_head = REQUEST.method_id == M_HEAD
@@ -1095,11 +1360,63 @@ cdef class Connection:
             or REQUEST.method_id == M_PUT or REQUEST.method_id == M_DELETE)
         self.stream = stream
         self.phase = P_FAST
-        self._wait(T_ANSWER)
+        self._wait(T_ANSWER if self.framing == BODY_NONE else T_BODY)
         stream.grant_.streams.add(stream)
         if REQUEST.expect_continue and self.framing != BODY_NONE and n == size:
             self._hand(CONTINUE)
         return True
+
+    @final
+    cdef bint _over(self, str limit, const uint8_t *data, Py_ssize_t n, Entry entry) except -1:
+        """A request that is not a malformed one is refused; True, as `_fast` returns it."""
+        cdef bytes line = self._line(data, entry) if self.lane.logging and entry is not None else None
+        cdef int status
+        self._wait(T_NONE)
+        status = self.limited(limit, PyBytes_FromStringAndSize(<const char *> data, n))
+        if entry is not None:
+            entry.service.classes[status // 100] += 1
+        if line is not None:
+            self.lane._ended(line, status, 0, 0, 0.0, True)
+        return True
+
+    @final
+    cdef bytes _line(self, const uint8_t *data, Entry entry):
+        """What the access log knows of the request in REQUEST already."""
+        if entry.who is None:
+            entry.who = self.lane.who(entry.grant)
+        if self.logged_as is None:
+            self.logged_as = self.address.encode("ascii", "replace")
+        return self.lane._begun(
+            entry.who, b"fast", self.logged_as, data + REQUEST.method.at, REQUEST.method.size,
+            data + REQUEST.target.at, REQUEST.target.size)
+
+    @final
+    cdef bint _counts(self) except -1:
+        """Whether the client may have one more open; then it has."""
+        if not self.counted:
+            if self.client.open >= self.lane.per_client:
+                return False
+            self._count_in()
+        return True
+
+    @final
+    cdef void _count_in(self) noexcept:
+        self.counted = True
+        self.client.open += 1
+
+    @final
+    cdef void _count_out(self) noexcept:
+        if self.counted:
+            self.counted = False
+            self.client.open -= 1
+
+    def counts_for(self, Client client not None):
+        """The request under way is of this client, says a trusted proxy. Whether it may have one more."""
+        self.trusted = True
+        if client is not self.client:
+            self._count_out()
+            self.client = client
+        return self._counts()
 
     @final
     cdef Entry _entry(self, const uint8_t *data, Span secret, bint cookie):
@@ -1174,6 +1491,10 @@ cdef class Connection:
             self.forwarded, self.forwarded_end = self.forwarding(speaks_for)
             self.speaks_for = speaks_for
             self.named = True
+            self.logged_as = None
+            if self.trusted:
+                self._count_out()
+                self.client = self.speaker()
         if now >= entry.identity_until:
             entry.identity, entry.identity_until = self.lane.identity(entry.grant, now)
         if (PyBytes_GET_SIZE(self.forwarded) + PyBytes_GET_SIZE(self.forwarded_end) + 2 * host.size + 64
@@ -1190,6 +1511,7 @@ cdef class Connection:
     cdef int _opaque(self) except -1:
         """101 was received: from here on bytes are bytes, those that came behind the request first."""
         self.phase = P_OPAQUE
+        self._wait(T_UPGRADE)
         return self._go_on()
 
     # -- out -------------------------------------------------------------------------------------------------
@@ -1299,6 +1621,8 @@ cdef class Connection:
     cdef int _next(self) except -1:
         self.phase = P_HEAD
         self.slow_answered = False
+        if self.trusted:
+            self._count_out()               # the proxy's connection is nobody's between two requests
         self._wait(T_IDLE)
         return self._go_on()
 
@@ -1321,6 +1645,29 @@ cdef class Connection:
         self.transport.write_eof()
         return self._sync_reading()
 
+    @final
+    cdef int _watch(self) except -1:
+        """The visitor has to take something of what was written within the limit."""
+        if self not in self.lane.stuck:
+            self.lane.stuck[self] = None
+            self.acked = None
+        return 0
+
+    @final
+    cdef int _look(self, double now) except -1:
+        """Whether the visitor took anything since the last look."""
+        if self.transport is None or not (self.paused or self.lane.unsent(self.transport)):
+            del self.lane.stuck[self]
+            return 0
+        acked = self.lane.acknowledged(self.transport)
+        if acked != self.acked:
+            self.acked = acked
+            self.acked_at = now
+        elif now - self.acked_at >= self.lane.write_seconds:
+            del self.lane.stuck[self]
+            self.limited("write_progress_seconds", None)
+        return 0
+
     def _close_when_sent(self, double pause):
         """A closed socket cannot be reset any more: a revocation would come too late for what its kernel has."""
         if self.transport is None or self.phase == P_GONE:
@@ -1328,6 +1675,7 @@ cdef class Connection:
         if self.tail is None or not self.lane.unsent(self.transport):
             self.transport.close()
         else:
+            self._watch()
             self.lane.loop.call_later(pause, self._close_when_sent, min(2 * pause, SENT_POLL))
 
     @final
@@ -1426,21 +1774,52 @@ cdef class Connection:
         return 0
 
     @final
+    cdef int _broken_off(self, str limit, int status) except -1:
+        """Nothing more of the request's body is taken, in either lane."""
+        cdef FastStream stream = self.stream
+        self._wait(T_NONE)
+        self.blocked = False
+        if stream is None:
+            self.limited(limit, b"" if self.phase == P_SLOW else None)
+        elif stream.answering:
+            self.limited(limit, None)
+        else:
+            stream._count(status)
+            self._drop_stream(CANCEL)
+            self.limited(limit, b"")
+        return 0
+
+    @final
     cdef int _expired(self, int kind) except -1:
         cdef FastStream stream = self.stream
         cdef bytes raw
+        if kind == T_HEAD and self.held_size:
+            self.minor = 1
+            self.framing = BODY_NONE
+            self.limited("head_seconds", b"")
+            return 0
+        if kind == T_BODY:
+            return self._broken_off("body_progress_seconds", 408)
+        if kind == T_UPGRADE:
+            self.limited("upgrade_idle_seconds", None)
+            return 0
         if kind == T_ANSWER and stream is not None:
+            self.noted("answer_seconds")
             raw = PyBytes_FromStringAndSize(<const char *> stream.raw, stream.raw_size)
             stream._count(504)
             stream._detach()
             stream.abandon(TIMEOUT)
             return self._failed(raw, TIMEOUT, False, stream.grant_)
+        if kind == T_IDLE and self.lane.unsent(self.transport):
+            self._watch()                       # it is still reading the last answer
+            return self._wait(T_IDLE)
         if kind == T_IDLE:
             self._gone()
             self.transport.close()
             return 0
         if kind == T_LINGER:
             if self.lane.unsent(self.transport):
+                self._watch()
                 return self._wait(T_LINGER)     # a slow reader
             self.transport.close()
             return 0
@@ -1454,6 +1833,8 @@ cdef class Connection:
         self.phase = P_SLOW
         self.slow_answered = False
         self.reframed = self.framing == BODY_CHUNKED
+        if self.framing != BODY_NONE:
+            self._wait(T_BODY)
         self.begin(head, upgrade)
         return 0
 
@@ -1489,7 +1870,13 @@ cdef class Connection:
         """aiohttp has written a 101: what was held behind the request may go to the handler."""
         if self.phase == P_SLOW:
             self.phase = P_SLOW_OPAQUE
+            self._wait(T_UPGRADE)
             self._go_on()
+
+    def slow_moved(self):
+        """aiohttp has written something."""
+        if self.timer == T_UPGRADE:
+            self._wait(T_UPGRADE)
 
     def slow_finished(self):
         """aiohttp closes the connection when what it wrote has left."""
@@ -1503,6 +1890,11 @@ cdef class Connection:
     def cut(self):
         """Nothing more is written or read."""
         self._cut(CANCEL)
+
+    def cut_now(self):
+        """As `cut`, and what the kernel has queued for the visitor is thrown away as well."""
+        self._drop_stream(CANCEL)
+        self._revoked()
 
     @property
     def slow(self):
@@ -1568,6 +1960,22 @@ cdef inline bint _asks_head(const uint8_t *data, Py_ssize_t size) noexcept:
     """Whether a request that the scanner refused is of a method whose answers have no body."""
     cdef Py_ssize_t at = 2 if size >= 2 and data[0] == c"\r" and data[1] == c"\n" else 0
     return size - at >= 5 and memcmp(data + at, b"HEAD ", 5) == 0
+
+
+cdef inline Py_ssize_t _text(uint8_t *out, Py_ssize_t at, bytes text) noexcept:
+    memcpy(out + at, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+    return at + PyBytes_GET_SIZE(text)
+
+
+cdef Py_ssize_t _fraction(uint8_t *out, Py_ssize_t at, uint64_t number, int places) noexcept:
+    """A point and `number` in so many digits."""
+    cdef int place = places
+    out[at] = c"."
+    while place:
+        out[at + place] = c"0" + number % 10
+        number = number // 10
+        place -= 1
+    return at + 1 + places
 
 
 cdef inline Py_ssize_t _put(Py_ssize_t at, const char *data, Py_ssize_t size) noexcept:

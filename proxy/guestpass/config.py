@@ -190,6 +190,10 @@ class EdgeSection(_Section):
     drain_seconds: float = Field(default=30, ge=0, le=3600)
     # Where gateways may go while this edge is drained, besides the edges that they know themselves.
     other_edges: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()
+    access_log: str = (
+        ""  # a file, or "-" for standard output: a line of JSON for each request on a share's origin
+    )
+    access_log_paths: bool = False  # with its path, which may tell what the application would rather not
     api_key: Secret | None = None  # absent: made at the first start, in `api.key` beside the state
     # A key signs assertions for so long; 0: until `guestpass keys rotate`. A day is more than a rotation takes.
     assertion_key_days: float = Field(default=90, ge=0, le=3650)
@@ -216,6 +220,42 @@ class EdgeSection(_Section):
         if not self.state.startswith("sqlite:///"):
             raise ValueError("state: this version stores in SQLite only: sqlite:///PATH")
         return self
+
+
+# A limit in seconds: less than one is not kept exactly (the edge looks once a second), a day is as good as never.
+LimitSeconds = Annotated[float, Field(ge=1, le=86_400)]
+LimitCount = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class Limits(_Section):
+    """`[limits]`: what visitors may take of the edge in time and size, on both lanes. Each worker counts for itself."""
+
+    # For a request head, from its first byte; for the first one from the connection. A phone on a bad link needs some.
+    head_seconds: LimitSeconds = 30
+    # What fits a tunnel (frames.pxd); nginx takes 4 × 8 KiB, Node 16 KiB.
+    head_bytes: Annotated[int, Field(ge=1024, le=32_768)] = 32_768
+    # Between two pieces of a request's body while the edge is ready to take them: nginx's client_body_timeout.
+    body_progress_seconds: LimitSeconds = 60
+    # Of one request's body; 0: of any size. What an upload takes here is bounded however long it is; whether the
+    # application has room for it, the operator knows.
+    body_bytes: Annotated[int, Field(ge=0, le=1 << 62)] = 0
+    # From the last piece of a request to the head of its answer. Long polling answers within a minute or two; reports
+    # that are computed on request take longer.
+    answer_seconds: LimitSeconds = 300
+    # While an answer waits for its visitor, some of it must be acknowledged within: nginx's send_timeout.
+    write_progress_seconds: LimitSeconds = 60
+    # Between requests of a connection: nginx's keepalive_timeout.
+    idle_seconds: LimitSeconds = 75
+    # Without a byte in either direction after 101. Applications that ping do so within a minute; the others get the
+    # hour that is usual for tunnels in HAProxy.
+    upgrade_idle_seconds: LimitSeconds = 3600
+    # Open connections of one address (one /64 of IPv6); behind `trusted_proxies`, requests under way of one forwarded
+    # address. A browser has 6 for each share: an office of 150 behind one address. Held heads of all: 32 MiB.
+    connections_per_client: LimitCount = 1024
+    # Requests under way of one session. A browser has 6 and its WebSockets, a script's pool seldom more than 100.
+    streams_per_session: LimitCount = 1024
+    # Requests under way of one share, WebSockets included: as many as one tunnel carries.
+    streams_per_share: LimitCount = 16_384
 
 
 class Mail(_Section):
@@ -298,6 +338,7 @@ class EdgeConfig(_Section):
     """The whole edge.toml. `file` and `folder` say where it came from."""
 
     edge: EdgeSection = EdgeSection()
+    limits: Limits = Limits()
     mail: Mail | None = None
     acme: AcmeSection | None = None
     authenticate: PluginSections = (PluginSection(use="email-code"), PluginSection(use="bearer-token"))

@@ -34,6 +34,9 @@ TLS_HANDSHAKE_TIMEOUT = 15.0
 # How long close() waits for the peer's close_notify. Nothing depends on it: streams end by their own frames.
 TLS_SHUTDOWN_TIMEOUT = 2.0
 
+# Where Linux has tcpi_bytes_acked in struct tcp_info (linux/tcp.h), 64 bits in the machine's order.
+_BYTES_ACKED = slice(120, 128)
+
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 
 if sys.platform != "win32":
@@ -157,3 +160,14 @@ def unsent(transport: asyncio.WriteTransport) -> int:
         return waiting + int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
     except (OSError, ValueError):  # closed already
         return 0
+
+
+def acknowledged(transport: asyncio.WriteTransport) -> int:
+    """A number that rises when the peer takes something of what it was sent, and only then."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sys.platform == "linux":
+        with contextlib.suppress(OSError, ValueError):  # closed already
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.stop)
+            if len(info) >= _BYTES_ACKED.stop:
+                return int.from_bytes(info[_BYTES_ACKED], sys.byteorder)
+    return -unsent(transport)

@@ -14,12 +14,15 @@ import pytest
 from aiohttp import web
 from support.stack import RawServer, Stack, read_head, running
 
+from guestpass.config import Limits
 from guestpass.edge.front import Answered, Front, House, bare_lane
 from guestpass.edge.origins import Origins
 from guestpass.edge.pages import Pages
-from guestpass_speedups.relay import HEAD_TIMEOUT, IDLE_TIMEOUT, Lane
+from guestpass_speedups.relay import Lane
 
 log = logging.getLogger(__name__)
+
+LIMITS = Limits()
 
 
 # ── a front with a small aiohttp application behind it, and nothing else ──────────────────────────────────────────
@@ -57,7 +60,7 @@ class Served:
 @pytest.fixture
 async def served() -> AsyncIterator[Served]:
     it = Served()
-    it.lane = bare_lane()
+    it.lane = bare_lane(LIMITS)
 
     async def show(request: web.Request) -> web.Response:
         return web.Response(body=request.raw_path.encode() + b" " + await request.read())
@@ -284,14 +287,19 @@ async def test_time_limits(served: Served) -> None:
     streams[2][1].write(request("/x"))
     assert await answer(streams[2][0]) == (200, b"/x ")
     now = time.monotonic()
-    served.lane.tick(now + HEAD_TIMEOUT - 1)
+    served.lane.tick(now + LIMITS.head_seconds - 1)
     assert len(served.lane.connections) == 3
-    served.lane.tick(now + HEAD_TIMEOUT + 1)
-    for reader, _ in streams[:2]:
-        with contextlib.suppress(ConnectionResetError):
-            assert await reader.read() == b""
-    assert len(served.lane.connections) == 1
-    served.lane.tick(now + IDLE_TIMEOUT + 1)
+    served.lane.tick(now + LIMITS.head_seconds + 1)
+    assert await streams[0][0].read() == b""  # who sent nothing is not talked to
+    status, told = await answer(streams[1][0])
+    assert status == 408
+    assert b"limit: head_seconds" in told
+    assert await streams[1][0].read() == b""
+    streams[1][1].close()
+    async with asyncio.timeout(5):
+        while len(served.lane.connections) > 1:
+            await asyncio.sleep(0.01)
+    served.lane.tick(now + LIMITS.idle_seconds + 1)
     assert await streams[2][0].read() == b""
     for _, writer in streams:
         writer.close()
@@ -302,13 +310,16 @@ async def test_a_head_does_not_gain_time_by_its_bytes(served: Served) -> None:
     writer.write(request("/x") + b"GET")
     assert await answer(reader) == (200, b"/x ")
     now = time.monotonic()
-    for second in range(int(HEAD_TIMEOUT) - 1):
+    for second in range(int(LIMITS.head_seconds) - 1):
         served.lane.tick(now + second)
         writer.write(b"x")
         await asyncio.sleep(0)
     assert len(served.lane.connections) == 1
     await asyncio.sleep(0.05)
-    served.lane.tick(time.monotonic() + HEAD_TIMEOUT + 1)
+    served.lane.tick(time.monotonic() + LIMITS.head_seconds + 1)
+    status, told = await answer(reader)
+    assert status == 408
+    assert b"limit: head_seconds" in told
     assert await reader.read() == b""
     writer.close()
 

@@ -25,7 +25,7 @@ from aiohttp import WSMsgType, web
 from support.programs import free_port
 from support.stack import EMAIL, RawServer, Stack, read_head, running
 
-from guestpass.edge import relay
+from guestpass.config import Limits
 from guestpass.edge.plugins import PluginSet
 from guestpass.loop import unsent
 from guestpass.model import Revocation
@@ -268,7 +268,7 @@ async def test_large_uploads_arrive_whole(stack: Stack, chunked: bool) -> None:
 async def test_an_upload_may_take_longer_than_an_answer(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay, "RESPONSE_TIMEOUT", 1.0)
+    monkeypatch.setattr(stack.edge.relay, "_limits", Limits(answer_seconds=1))
 
     async def slowly() -> AsyncIterator[bytes]:
         for _ in range(8):

@@ -90,8 +90,11 @@ class World:
         visitors: int = 8,
         drain: float = 10,
         tunnels: int = 2,
+        app: Path = APP,
+        settings: str = "",
     ) -> None:
-        """`beside_edge`: gateways that run on the edge's side of `network`."""
+        """`beside_edge`: gateways that run on the edge's side of `network`. `settings`: more of `edge.toml`, from its
+        section `[edge]` on."""
         self.folder = folder
         self.names = names
         self.network = network
@@ -99,6 +102,8 @@ class World:
         self._visitors = visitors
         self._drain = drain
         self._tunnels = tunnels
+        self._app = app
+        self._settings = settings
         self.address = EDGE_ADDRESS if network is not None else "127.0.0.1"
         self.port, self.tunnel_port, self.admin_port = free_port(), free_port(), free_port()
         self.tokens: list[str] = []
@@ -125,12 +130,12 @@ class World:
             f'[edge]\nlisten = ["http://127.0.0.1:{self.port}", "https://{self.address}:{self.tunnel_port}"]\n'
             f'admin_listen = "127.0.0.1:{self.admin_port}"\npublic_url = "http://localhost:{self.port}"\n'
             f'share_domain = "localhost:{self.port}"\ndrain_seconds = {self._drain}\n'
-            f'tls = {{ cert = "{cert.name}", key = "{key.name}" }}\n',
+            f'tls = {{ cert = "{cert.name}", key = "{key.name}" }}\n{self._settings}',
             "utf-8",
         )
         for name in self.names:
             beside = self.network is None or name in self._beside_edge
-            command: list[str | Path] = [sys.executable, APP, name]
+            command: list[str | Path] = [sys.executable, self._app, name]
             if self.network is not None and not beside:
                 command = self.network.at_gateway(command)
             app = Program(command, log=self.folder / f"app-{name}.log")

@@ -26,6 +26,7 @@ from guestpass.config import EdgeConfig, PluginSection
 from guestpass.daemon import Signals, reloading
 from guestpass.edge import certificates
 from guestpass.edge import headers as h
+from guestpass.edge.access_log import STDOUT, AccessLog
 from guestpass.edge.acme import Acme
 from guestpass.edge.admission import Admission
 from guestpass.edge.api import Api
@@ -37,6 +38,7 @@ from guestpass.edge.events import EventHub
 from guestpass.edge.front import HANDLER_KEEPALIVE, Answered, FastLane, House, bare_lane
 from guestpass.edge.grants import GrantTable
 from guestpass.edge.keys import CLIENT, SCHEME, SHARE_ID
+from guestpass.edge.limits import Refusals
 from guestpass.edge.listener import Listener
 from guestpass.edge.metrics import Metrics
 from guestpass.edge.origins import Origins
@@ -97,6 +99,7 @@ class Edge:
         self._certified = config  # the one whose certificates are served: a reload changes it
         self.acme: Acme | None = None
         self._draining = False
+        self.access_log: AccessLog | None = None
 
     async def start(self) -> dict[str, Any]:
         """Bring everything up; returns the `ready` line. Raises GuestpassError; what was started is undone then."""
@@ -172,6 +175,7 @@ class Edge:
             events=self.events,
             metrics=self.metrics,
         )
+        self.refusals = Refusals(config.limits, count=lambda limit: self.metrics.refusals.labels(limit).inc())
         self.lane = FastLane(
             grants=self.grants,
             tunnels=self.tunnels,
@@ -179,8 +183,14 @@ class Edge:
             origins=self.origins,
             # Filters see every request, and they are Python.
             fast=edge.fast_lane and not self.plugins.filters,
+            limits=config.limits,
         )
         self._lanes.append(self.lane)
+        if edge.access_log:
+            path = None if edge.access_log == STDOUT else config.resolve(Path(edge.access_log))
+            self.access_log = AccessLog(path)
+            self.lane.log_to(self.access_log.write, edge.access_log_paths)
+            self.metrics.watch_access_log(lambda: self.access_log.dropped if self.access_log else 0)
         self.relay = Relay(
             grants=self.grants,
             admission=self.admission,
@@ -191,6 +201,8 @@ class Edge:
             metrics=self.metrics,
             share_origin=self.origins.share_origin,
             learn=self.lane.learn,
+            refusals=self.refusals,
+            access_log=self.lane if self.access_log is not None else None,
         )
         self.metrics.watch_lane(lambda: self.lane.services.values(), lambda: self.lane.durations)
         self.metrics.watch(
@@ -236,6 +248,7 @@ class Edge:
             refused=self._count_refused,
             trusted_proxies=edge.trusted_proxies,
             scheme=self.origins.scheme,
+            refusals=self.refusals,
         )
         admin_url = await self._admin_app()
         for url in edge.listen:
@@ -296,13 +309,18 @@ class Edge:
                 log.exception("while stopping")
         for lane in self._lanes:
             lane.close()
+        if self.access_log is not None:
+            await asyncio.to_thread(self.access_log.close)
 
     def reload(self) -> None:
-        """SIGHUP: certificates are read again; a configuration with faults changes nothing. Live streams stay."""
+        """SIGHUP: certificates are read again, the access log is opened again; a configuration with faults changes
+        nothing. Live streams stay."""
         with reloading():
             self._reload()
 
     def _reload(self) -> None:
+        if self.access_log is not None:
+            self.access_log.reopen()
         try:
             fresh = configuration.load_edge(self.config.file)
             self._load_certificates(fresh)
@@ -559,7 +577,7 @@ class Edge:
     async def _bare(self, handler: Callable[[], asyncio.BaseProtocol], url: str) -> Listener:
         """Listen without shares and tunnels. Raises PortTaken, ConfigError."""
         listener = Listener(url)
-        lane = bare_lane()
+        lane = bare_lane(self.config.limits)
         self._lanes.append(lane)
         house = House(
             lane=lane,
@@ -567,6 +585,7 @@ class Edge:
             tunnel=lambda transport, head, rest: transport.abort(),
             pages=self.pages,
             refused=self._count_refused,
+            refusals=self.refusals,
         )
         await listener.start(house.front)
         return listener

@@ -26,14 +26,17 @@ from aiohttp.abc import AbstractAccessLogger
 from multidict import CIMultiDict
 
 from guestpass import scope
+from guestpass.config import Limits
 from guestpass.edge import headers as h
+from guestpass.edge import limits
+from guestpass.edge.access_log import who
 from guestpass.edge.grants import Grant, GrantTable
 from guestpass.edge.metrics import DURATIONS
 from guestpass.edge.relay import RETRY_AFTER, STATUS_OF_RESET
-from guestpass.loop import abort_now, resume_reading, unsent
+from guestpass.loop import abort_now, acknowledged, resume_reading, unsent
 from guestpass.model import SessionKind
 from guestpass.tokens import BEARER_PREFIX
-from guestpass_speedups.relay import Connection, Entry, Lane
+from guestpass_speedups.relay import Client, Connection, Entry, Lane
 
 if TYPE_CHECKING:
     from guestpass.edge.assertion import Signer
@@ -76,6 +79,7 @@ class Shim(asyncio.Transport):
         if front is None or not front.slow or self._transport.is_closing():
             return
         front.wrote = True
+        front.slow_moved()
         self._transport.write(bytes(data))
         if self.awaits_upgrade and bytes(data[: len(UPGRADED)]) == UPGRADED:
             self.awaits_upgrade = False
@@ -169,11 +173,12 @@ class Asked:
 class Front(Connection, asyncio.BufferedProtocol):
     """The protocol of an accepted connection, from its first byte to its last (or to its tunnel handshake)."""
 
-    __slots__ = ("_handler", "_handler_writes", "_shim", "handler_paused", "house", "wrote")
+    __slots__ = ("_handler", "_handler_writes", "_shim", "_spoken_for", "handler_paused", "house", "wrote")
 
     def __init__(self, house: House) -> None:
         super().__init__(house.lane)
         self.house = house
+        self._spoken_for = ""
         self._handler: Any = None
         self._shim: Shim | None = None
         self._handler_writes = True  # what the handler was told; pause and resume must alternate
@@ -198,6 +203,8 @@ class Front(Connection, asyncio.BufferedProtocol):
             self._handler.connection_made(shim)
         shim.awaits_upgrade = upgrade
         self.wrote = False
+        if not self._may_begin(head):
+            return
         self.writing(not self.paused)
         self._handler.data_received(head)
 
@@ -258,6 +265,34 @@ class Front(Connection, asyncio.BufferedProtocol):
         self.house.refused(status)
         self.respond(self._page(None, status, error_id, message=reason), False)
 
+    def limited(self, limit: str, head: bytes | None) -> int:
+        """A limit was reached. None: the connection is cut. Else there is an answer: to the request with this `head`,
+        or, where that is empty or its end cannot be known, before the connection is closed. Returns its status."""
+        error_id = self.noted(limit)
+        told = limits.TABLE[limit]
+        if self.slow and (head is None or not head):
+            head = None if self.wrote else head
+            self._drop_handler(None)
+        if head is None or not told.status:
+            self.cut_now()
+            return told.status
+        if not head:
+            self.house.refused(told.status)
+        asked = Asked.of(head) if head else None
+        page = self._page(
+            asked,
+            told.status,
+            error_id,
+            message=limits.Refusals.message(limit),
+            retry_after=limits.RETRY_AFTER if told.retry else None,
+        )
+        self.respond(page, asked is not None and self.may_keep_alive)
+        return told.status
+
+    def noted(self, limit: str) -> str:
+        """Counts and logs it; the id of the error."""
+        return self.house.refusals.note(limit, self._peer)
+
     def failed(self, head: bytes, code: int, grant: Grant) -> None:
         """The stream was reset before an answer came."""
         self._problem(head, STATUS_OF_RESET.get(code, 502), grant, f"the stream was reset with code {code}")
@@ -273,13 +308,20 @@ class Front(Connection, asyncio.BufferedProtocol):
         )
         self.respond(self._page(Asked.of(head), status, error_id), self.may_keep_alive)
 
-    def _page(self, asked: Asked | None, status: int, error_id: str, message: str | None = None) -> bytes:
+    def _page(
+        self,
+        asked: Asked | None,
+        status: int,
+        error_id: str,
+        message: str | None = None,
+        retry_after: int | None = None,
+    ) -> bytes:
         page = self.house.pages.error(
             status,
             error_id=error_id,
             request=asked,
             message=message,
-            retry_after=RETRY_AFTER if status == 503 else None,
+            retry_after=RETRY_AFTER if status == 503 else retry_after,
         )
         keep_alive = asked is not None and self.may_keep_alive
         body = cast(bytes, page.body)
@@ -300,6 +342,39 @@ class Front(Connection, asyncio.BufferedProtocol):
         name = self.transport.get_extra_info("peername")
         return str(name[0]) if isinstance(name, tuple) and name else ""
 
+    def arrived(self) -> Client | None:
+        """Whose connection this is; of a trusted proxy's its requests tell."""
+        peer = self._peer
+        return self._client(peer) if peer else None
+
+    def _client(self, address: str) -> Client | None:
+        if h.within(address, self.house.trusted_proxies):
+            return None
+        return self.lane.client(limits.client_of(address))
+
+    @property
+    def address(self) -> str:
+        """Of the client, behind trusted proxies the one that was told last."""
+        return self._spoken_for or self._peer
+
+    def speaker(self) -> Client | None:
+        """Whose request a trusted proxy passes on; None where that is its own."""
+        return self._client(self._spoken_for)
+
+    def _may_begin(self, head: bytes) -> bool:
+        """Behind a trusted proxy: whether the client that it speaks for may have one more request under way."""
+        if not self.house.trusted_proxies or not self.trusts():
+            return True
+        told = [
+            (b"x-forwarded-for", v.encode("latin-1"))
+            for v in Asked.of(head).headers.getall("X-Forwarded-For", ())
+        ]
+        client = self._client(h.client_address(self._peer, told, self.house.trusted_proxies))
+        if client is None or self.counts_for(client):
+            return True
+        self.limited("connections_per_client", head)
+        return False
+
     def trusts(self) -> bool:
         return h.within(self._peer, self.house.trusted_proxies)
 
@@ -308,6 +383,7 @@ class Front(Connection, asyncio.BufferedProtocol):
         told = () if speaks_for is None else ((b"x-forwarded-for", speaks_for),)
         address = h.client_address(peer, told, self.house.trusted_proxies)
         scheme = "https" if self.secure else self.house.scheme if self.trusts() else "http"
+        self._spoken_for = address
         before, between, _ = h.forwarded_fields(address, scheme, b"\0").split(b"\0")
         return before, between
 
@@ -325,6 +401,7 @@ class House:
         refused: Callable[[int], None],
         trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = (),
         scheme: str = "http",
+        refusals: limits.Refusals | None = None,
     ) -> None:
         """`handler` makes aiohttp's protocols; their runner has `Answered` as its access log. `tunnel` takes over a
         connection whose first request is a tunnel's. `scheme`: the public one, spoken to proxies that are trusted."""
@@ -335,6 +412,7 @@ class House:
         self.refused = refused
         self.trusted_proxies = trusted_proxies
         self.scheme = scheme
+        self.refusals = refusals if refusals is not None else limits.Refusals(Limits())
 
     def front(self) -> Front:
         return Front(self)
@@ -351,6 +429,7 @@ class FastLane(Lane):
         signer: Signer,
         origins: Origins,
         fast: bool,
+        limits: Limits,
     ) -> None:
         super().__init__(
             cookies=grants.cookies,
@@ -361,6 +440,8 @@ class FastLane(Lane):
             abort_now=abort_now,
             unsent=unsent,
             resume_reading=resume_reading,
+            acknowledged=acknowledged,
+            limits=limits,
             fast=fast,
         )
         self._grants = grants
@@ -397,6 +478,9 @@ class FastLane(Lane):
         """Whether another gateway than the session's reaches the service."""
         return any(c.name != grant.gateway for c in self._tunnels.candidates(grant.site, grant.service))
 
+    def who(self, grant: Grant) -> bytes:
+        return who(grant.share.id, grant)
+
     def identity(self, grant: Grant, now: float) -> tuple[bytes, float]:
         return self._signer.fields(grant, now), grant.headers_until
 
@@ -404,7 +488,7 @@ class FastLane(Lane):
         self._grants.used(grant, now)
 
 
-def bare_lane() -> Lane:
+def bare_lane(limits: Limits) -> Lane:
     """For listeners without shares: every request is aiohttp's."""
     return Lane(
         cookies={},
@@ -415,5 +499,7 @@ def bare_lane() -> Lane:
         abort_now=abort_now,
         unsent=unsent,
         resume_reading=resume_reading,
+        acknowledged=acknowledged,
+        limits=limits,
         fast=False,
     )

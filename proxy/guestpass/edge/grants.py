@@ -15,8 +15,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 from guestpass.model import Revocation, Revoked, Session, SessionKind, Share
+from guestpass_speedups.relay import Load
 
 # Grants that served nothing for so long are dropped; the next request rebuilds them from the store.
 IDLE_SECONDS = 3600.0
@@ -77,6 +79,7 @@ class Grant:
     )
     headers_until: float = 0.0
     entry: Indexed | None = None
+    load: Load = field(default_factory=Load)  # of all of the share's grants, once it is in the table
     _timer: asyncio.TimerHandle | None = None
 
     @property
@@ -121,6 +124,7 @@ class GrantTable:
         self.tokens: dict[bytes, Indexed] = {}
         self._by_gateway: defaultdict[tuple[str, str], set[Grant]] = defaultdict(set)
         self._by_site: defaultdict[str, set[Grant]] = defaultdict(set)
+        self._loads: WeakValueDictionary[str, Load] = WeakValueDictionary()
         self.generation = 0  # rises with each revocation: see `add`
 
     def __len__(self) -> int:
@@ -170,6 +174,7 @@ class GrantTable:
             old.tails = {}
             self._drop(old)
         grant.last_used = self._now()
+        grant.load = self._loads.setdefault(grant.share.id, grant.load)
         self._by_digest[(grant.kind, grant.digest)] = grant
         self._by_share[grant.share.id].add(grant)
         self._by_recipient[grant.recipient_id].add(grant)

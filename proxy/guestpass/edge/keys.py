@@ -14,3 +14,9 @@ SCHEME = web.RequestKey("scheme", str)
 
 SHARE_ID = web.RequestKey("share_id", str)
 """Set on shares' origins only: whose."""
+
+GRANT = web.RequestKey("grant", object)
+"""Set by the relay where somebody was admitted: whose grant it is, for the access log."""
+
+LIVE = web.RequestKey("live", object)
+"""Set by the relay where a stream was opened."""

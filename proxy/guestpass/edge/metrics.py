@@ -72,6 +72,10 @@ class Metrics:
             ("plugin", "hook"),
             registry=self.registry,
         )
+        # `reason`: a key of `edge.limits.TABLE`.
+        self.refusals = Counter(
+            "guestpass_refusals", "What was refused, by the reason", ("reason",), registry=self.registry
+        )
         self.refused = Counter(
             "guestpass_refused", "Requests that the edge itself refused", ("status",), registry=self.registry
         )
@@ -95,6 +99,10 @@ class Metrics:
         """`durations` gives the fast lane's answers by bucket of DURATIONS, with a last one for the rest, and the sum
         of their seconds."""
         self.registry.register(_Requests(self.requests, self.request_seconds, services, durations))
+
+    def watch_access_log(self, dropped: Callable[[], int]) -> None:
+        """Registered only where there is an access log."""
+        self.registry.register(_Dropped(dropped))
 
     def watch(
         self,
@@ -149,6 +157,19 @@ class _Requests(Collector):
                 samples.append(sample)
             metric.samples = samples
             yield metric
+
+
+class _Dropped(Collector):
+    def __init__(self, dropped: Callable[[], int]) -> None:
+        self._dropped = dropped
+
+    def collect(self) -> Iterable[Metric]:
+        lines = CounterMetricFamily(
+            "guestpass_access_log_dropped",
+            "Lines that the disk, or who reads standard output, was too slow for",
+        )
+        lines.add_metric((), self._dropped())
+        return (lines,)
 
 
 class _Tunnels(Collector):

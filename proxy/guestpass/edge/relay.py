@@ -31,15 +31,20 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
 from guestpass import scope
+from guestpass.config import Limits
 from guestpass.edge import headers as h
+from guestpass.edge import limits
+from guestpass.edge.access_log import who
 from guestpass.edge.grants import Grant, GrantTable
-from guestpass.edge.keys import CLIENT, SCHEME
+from guestpass.edge.keys import CLIENT, GRANT, LIVE, SCHEME
+from guestpass.edge.limits import Refusals
 from guestpass.errors import Forbidden, NoGateway, NotFound, PluginFailed, ShareEnded, Unauthorized
 from guestpass.loop import abort_now, unsent
 from guestpass.model import SessionKind
 from guestpass.mux.stream import StreamReset, TunnelStream
 from guestpass.plugin import Denied, RequestContext
 from guestpass.tokens import BEARER_PREFIX, digest
+from guestpass_speedups.relay import VISITOR_GONE, Lane
 from guestpass_speedups.session import ErrorCode, StreamRefused
 
 if TYPE_CHECKING:
@@ -51,10 +56,6 @@ if TYPE_CHECKING:
     from guestpass.edge.tunnels import Tunnels
 
 log = logging.getLogger("guestpass.edge.relay")
-
-# How long an application may take to begin its answer, from the last piece of the request that it took. Long polling
-# answers within a minute or two; reports that are computed on request take longer.
-RESPONSE_TIMEOUT = 300.0
 
 # A request may be sent so often before the visitor is told.
 MAX_ATTEMPTS = 3
@@ -121,21 +122,22 @@ class _ResponseBroken(Exception):
 class _Patience:
     """The time that is left for the answer to begin. An upload may take hours, as long as it goes on."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
         self._timeout: asyncio.Timeout | None = None
 
     @contextlib.asynccontextmanager
     async def limit(self) -> AsyncIterator[None]:
         """Raises TimeoutError."""
         try:
-            async with asyncio.timeout(RESPONSE_TIMEOUT) as self._timeout:
+            async with asyncio.timeout(self._seconds) as self._timeout:
                 yield
         finally:
             self._timeout = None
 
     def progress(self) -> None:
         if self._timeout is not None and not self._timeout.expired():
-            self._timeout.reschedule(asyncio.get_running_loop().time() + RESPONSE_TIMEOUT)
+            self._timeout.reschedule(asyncio.get_running_loop().time() + self._seconds)
 
 
 @dataclass(slots=True, eq=False)
@@ -147,6 +149,10 @@ class Live:
     task: asyncio.Task[Any]
     stream: TunnelStream | None = None
     ended: str = ""
+    status: int = 0
+    """Of the application's answer, once its head went out."""
+    whole: bool = False
+    """The answer was written to its end."""
 
     def end(self, reason: str) -> None:
         """Nothing more reaches the visitor: the socket is reset with what it had queued, then the rest is undone."""
@@ -198,9 +204,11 @@ class Relay:
         metrics: Metrics,
         share_origin: Callable[[str], str],
         learn: Callable[[Grant, str], None] | None = None,
+        refusals: Refusals | None = None,
+        access_log: Lane | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """`learn(grant, secret)` is told which secret a grant was found by."""
+        """`learn(grant, secret)` is told which secret a grant was found by. `access_log` takes each request's line."""
         self._grants = grants
         self._admission = admission
         self._tunnels = tunnels
@@ -210,12 +218,45 @@ class Relay:
         self._metrics = metrics
         self._share_origin = share_origin
         self._learn = learn
+        self._log = access_log
+        self._refusals = refusals if refusals is not None else Refusals(Limits())
+        self._limits = self._refusals.limits
         self._now = now
         self.leaving = False
         """The edge is being drained: no connection is kept for another request."""
 
     async def handle(self, request: web.Request, share_id: str) -> web.StreamResponse:
         """Answer one request on the origin of `share_id`. `request[CLIENT]` is set."""
+        lane = self._log
+        if lane is None:
+            return await self._handle(request, share_id)
+        start = time.perf_counter()
+        status, complete = 0, False
+        try:
+            response = await self._handle(request, share_id)
+            status, complete = response.status, True
+            return response
+        finally:
+            grant, live = request.get(GRANT), request.get(LIVE)
+            stream = None
+            if isinstance(live, Live) and live.status:
+                status, complete, stream = live.status, live.whole, live.stream
+            begun = lane.begun(
+                who(share_id, grant if isinstance(grant, Grant) else None),
+                request[CLIENT].address,
+                request.method.encode("ascii", "replace"),
+                request.raw_path.encode("utf-8", "surrogateescape"),
+            )
+            lane.ended(
+                begun,
+                status or VISITOR_GONE,
+                stream.bytes_sent if stream is not None else 0,
+                stream.bytes_received if stream is not None else 0,
+                time.perf_counter() - start,
+                complete,
+            )
+
+    async def _handle(self, request: web.Request, share_id: str) -> web.StreamResponse:
         start = time.perf_counter()
         for _ in range(MAX_ADMISSIONS):
             answer = await self._admit(request, share_id)
@@ -223,6 +264,7 @@ class Relay:
                 self._count("-", answer.status, None)
                 return answer
             grant, context = answer
+            request[GRANT] = grant
             try:
                 response = await self._exchange(request, grant, context)
             except _GrantDropped:
@@ -331,12 +373,19 @@ class Relay:
         except h.BadRequest as exc:
             return self._pages.error(exc.status, request=request)
 
+        if grant.load.streams >= self._limits.streams_per_share:
+            return self._limited(request, "streams_per_share")
+        if len(grant.streams) >= self._limits.streams_per_session:
+            return self._limited(request, "streams_per_session")
         task = asyncio.current_task()
         assert task is not None
-        live = Live(grant, request, task)
+        request[LIVE] = live = Live(grant, request, task)
         grant.streams.add(live)
+        load = grant.load
+        load.streams += 1
         try:
             response = await self._with_retries(request, live, head, upgrade=upgrade)
+            live.whole = True
             if isinstance(response, RelayResponse):
                 await self._see_off(request, live, response)
             return response
@@ -347,6 +396,7 @@ class Relay:
             return RelayResponse(502, keep_alive=False)
         finally:
             live.grant.streams.discard(live)
+            load.streams -= 1
             if live.stream is not None:
                 live.stream.reset(ErrorCode.CANCEL)
 
@@ -357,7 +407,14 @@ class Relay:
         if transport is None:
             return
         most, pause = TAIL if response.keep_alive else 0, TAIL_FIRST
+        least, since = unsent(transport), time.monotonic()
         while (left := unsent(transport)) > most:
+            if left < least:
+                least, since = left, time.monotonic()
+            elif time.monotonic() - since >= self._limits.write_progress_seconds:
+                self._refusals.note("write_progress_seconds", request[CLIENT].address)
+                abort_now(transport)
+                raise _ResponseBroken("the visitor takes nothing of it")
             await asyncio.sleep(pause)
             pause = min(2 * pause, TAIL_POLL)
         if left and transport not in live.grant.tails:
@@ -444,6 +501,16 @@ class Relay:
     def _forbidden(self, request: web.Request, why: str) -> web.StreamResponse:
         return self._pages.error(403, request=request, message=why, why=why)
 
+    def _limited(self, request: web.Request, limit: str) -> web.StreamResponse:
+        told = limits.TABLE[limit]
+        return self._pages.error(
+            told.status,
+            error_id=self._refusals.note(limit, request[CLIENT].address),
+            request=request,
+            message=Refusals.message(limit),
+            retry_after=limits.RETRY_AFTER if told.retry else None,
+        )
+
     def _problem(
         self, request: web.Request, status: int, what: str, *, retry_after: int | None = None
     ) -> web.StreamResponse:
@@ -459,11 +526,12 @@ class Relay:
         stream = live.stream
         assert stream is not None
         pump: asyncio.Task[None] | None = None
-        patience = _Patience()
+        patience = _Patience(self._limits.answer_seconds)
         if has_body:
             pump = asyncio.create_task(_pump_request(request, stream, patience.progress))
         try:
             head, fin = await self._response_head(request, stream, patience, upgrade=upgrade)
+            live.status = head.status
             if head.status == 101:
                 return await _serve_upgraded(request, stream, head)
             complete = pump is None or pump.done()
@@ -475,6 +543,7 @@ class Relay:
                 keep_alive=request.keep_alive and complete and not self.leaving,
             )
         except h.BadResponse as exc:
+            live.status = 0
             stream.reset(ErrorCode.PROTOCOL_ERROR)
             return self._problem(request, 502, f"{live.grant.site}/{live.grant.service}: {exc}")
         finally:
@@ -503,6 +572,7 @@ class Relay:
                     if head.status != 100 and request.version >= (1, 1):
                         await _write(request, h.response_head(head, b"", keep_alive=True, http11=True))
         except TimeoutError:
+            self._refusals.note("answer_seconds", request[CLIENT].address)
             stream.reset(ErrorCode.TIMEOUT)
             raise StreamReset(ErrorCode.TIMEOUT) from None
 
