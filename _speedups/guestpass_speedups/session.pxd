@@ -43,6 +43,7 @@ cdef enum Event:    # the order is the one of EVENTS
 
 cdef enum:
     N_RTTS = 8          # half a minute of a busy tunnel
+    FILL_SPACE = 196615 # FILL_MAX + MAX_FRAME: a frame is started below the limit and may pass it
 
 cdef enum Code:     # ErrorCode, as C
     NO_ERROR
@@ -280,6 +281,8 @@ cdef class Session:
     # runs, then call `filled`, which makes the callbacks.
     cdef Py_ssize_t fill_shared(self, Py_ssize_t limit, double now) except -1
     cdef const unsigned char *shared(self) noexcept
+    # As fill_shared, into the caller's own FILL_SPACE bytes.
+    cdef Py_ssize_t fill_at(self, unsigned char *out, Py_ssize_t limit, double now) except -1
     cdef int filled(self) except -1
     cdef int open_raw(self, Stream stream, const unsigned char *service, Py_ssize_t service_size,
                       bint interactive, const unsigned char *head, Py_ssize_t head_size, bint fin) except -1

@@ -177,7 +177,6 @@ cdef enum:
     FIRST_SLOTS = 64
     # A frame that straddled two reads leaves at most this much behind in `partial`.
     PARTIAL_KEPT = 4096
-    SCRATCH_SIZE = 196615   # FILL_MAX + MAX_FRAME: a frame is started below the limit and may pass it
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1578,10 +1577,14 @@ cdef class Session:
 
     cdef Py_ssize_t fill_shared(self, Py_ssize_t limit, double now) except -1:
         self._not_reentrant()
-        return self._fill(SCRATCH, min(limit, FILL_MAX), SCRATCH_SIZE, now)
+        return self._fill(SCRATCH, min(limit, FILL_MAX), FILL_SPACE, now)
 
     cdef const unsigned char *shared(self) noexcept:
         return SCRATCH
+
+    cdef Py_ssize_t fill_at(self, unsigned char *out, Py_ssize_t limit, double now) except -1:
+        self._not_reentrant()
+        return self._fill(out, min(limit, FILL_MAX), FILL_SPACE, now)
 
     cdef int filled(self) except -1:
         return self._after_fill()

@@ -122,6 +122,12 @@ async def create_connection(
     )
 
 
+def takes_all(transport: asyncio.BaseTransport) -> bool:
+    """Whether `write` has taken all of its argument when it returns, so that the buffer may be used again. TLS has:
+    aiofastnet encrypts what it can and copies the rest. Others keep a buffer until the kernel has taken it."""
+    return isinstance(transport, aiofastnet.Transport)
+
+
 def abort_now(transport: asyncio.WriteTransport) -> None:
     """Close the connection so that nothing more reaches the peer, not even what the kernel has queued already.
 
