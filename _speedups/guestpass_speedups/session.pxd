@@ -209,6 +209,7 @@ cdef class Session:
     cdef Py_ssize_t partial_size
     cdef Py_ssize_t partial_have
     cdef bint receiving
+    cdef bint body_follows              # during `on_head`: `on_data` is called next, for bytes of the same frame
     cdef bint hello_in
     cdef uint8_t auths_in
     cdef bint verdict                   # the edge has spoken: streams may be opened

@@ -1100,6 +1100,7 @@ cdef class Session:
             self.n_discarded += <uint64_t> body_size
         else:
             self.calling = <PyObject *> stream
+            self.body_follows = body_size > 0
             stream.on_head(data + 2, head_size, interim, fin and body_size == 0)
             if body_size and not stream.doomed and not stream.finished:
                 stream.on_data(data + 2 + head_size, body_size, fin)
