@@ -53,6 +53,7 @@ from cpython.time cimport monotonic
 from libc.stdio cimport snprintf
 from libc.string cimport memcmp, memcpy, memset
 
+from guestpass_speedups.direct cimport descriptor, gp_send, iovec
 from guestpass_speedups.http1 cimport (
     BODY_CHUNKED,
     BODY_LENGTH,
@@ -338,7 +339,7 @@ cdef class UpstreamStream(Stream):
         self.since = now
         if self.request_sent or self.upgrade:
             connection.spoken = True
-            connection.write(self.head)
+            connection.send(self.head)
         else:
             connection.queue(self.head)
             self._pass_held()
@@ -373,7 +374,7 @@ cdef class UpstreamStream(Stream):
                 connection.queue(framed)
             elif self.upgrade and size <= SMALL and not connection.out and not connection.lost \
                     and not connection.writing_paused and not connection.transport.is_closing():
-                connection.write(data)
+                connection.send(data)
                 if not connection.writing_paused:
                     self.drained(self.since)
             else:
@@ -508,6 +509,7 @@ cdef class UpstreamConnection:
     def connection_made(self, transport):
         self.transport = transport
         self.write = transport.write
+        self.fd = descriptor(transport)
 
     def get_buffer(self, sizehint):
         return self.pool.view
@@ -539,6 +541,7 @@ cdef class UpstreamConnection:
                 self._detach()
         self.transport = None
         self.write = None
+        self.fd = -1
         self.out.clear()
 
     def pause_writing(self):
@@ -550,6 +553,24 @@ cdef class UpstreamConnection:
             self.stream.drained(monotonic())
 
     # -- the request -----------------------------------------------------------------------------------------
+
+    cdef int send(self, bytes data) except -1:
+        """Written now: to the kernel if nothing waits in the transport."""
+        cdef iovec piece
+        cdef Py_ssize_t sent
+        if self.fd >= 0 and self.spilled:
+            self.spilled = self.transport.get_write_buffer_size() != 0
+        if self.fd >= 0 and not self.spilled:
+            piece.iov_base = PyBytes_AS_STRING(data)
+            piece.iov_len = <size_t> PyBytes_GET_SIZE(data)
+            sent = gp_send(self.fd, &piece, 1)
+            if sent == PyBytes_GET_SIZE(data):
+                return 0
+            if sent > 0:
+                data = data[sent:]
+        self.spilled = True
+        self.write(data)
+        return 0
 
     cdef int queue(self, bytes data) except -1:
         """Written at the end of the loop's turn, together with what else comes until then."""
@@ -598,13 +619,14 @@ cdef class UpstreamConnection:
             if len(out) == 1:
                 data = out[0]
                 out.clear()
-                self.write(data)
+                self.send(data)
             elif self.out_size <= JOIN:
                 data = b"".join(out)
                 out.clear()
-                self.write(data)
+                self.send(data)
             else:
                 self.out = []
+                self.spilled = True
                 self.transport.writelines(out)
             self.out_size = 0
             if not self.writing_paused:
@@ -777,7 +799,7 @@ cdef class UpstreamConnection:
         cdef Field *field
         cdef const unsigned char *known
         cdef bytes origin = self.pool.origin
-        cdef char[16] line
+        cdef char[3] line
         cdef uint32_t i
         cdef Py_ssize_t skip
         cdef int result
@@ -804,7 +826,9 @@ cdef class UpstreamConnection:
         used = 0
         full = False
         put(b"HTTP/1.1 ", 9)
-        snprintf(line, 16, b"%u", <unsigned int> status)
+        line[0] = <char> (c"0" + status // 100)     # 100 to 999
+        line[1] = <char> (c"0" + status // 10 % 10)
+        line[2] = <char> (c"0" + status % 10)
         put(line, 3)
         if response.has_reason:
             put(b" ", 1)
