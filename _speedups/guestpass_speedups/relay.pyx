@@ -571,6 +571,8 @@ cdef class FastStream(Stream):
         written += 2
         if bodiless:
             self.expected = 0
+        if self.expected >= 0:
+            self.body_size = <uint64_t> self.expected
         self.keep_alive = keep_alive
         lane.head_for = connection
         lane.head_size = written

@@ -13,6 +13,9 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+cdef enum:
+    NEVER = 0x7FFFFFFFFFFFFFFF
+
 cdef enum State:    # SPEC.md, 3.; the order is the one of STATES
     ST_IDLE
     ST_OPEN
@@ -142,6 +145,7 @@ cdef class Stream:
     cdef uint64_t window_
     cdef uint64_t promised          # `window_` until FIN, then what is unconsumed; 0 after a reset
     cdef uint64_t credit_due        # `consumed_` at which CREDIT is due; 0 when no more will be given
+    cdef uint64_t body_size         # what the peer will send in all, if its owner knows; NEVER: it does not
     cdef uint64_t epoch_offset
     cdef double epoch_started
 

@@ -171,7 +171,6 @@ cdef enum:
     DUE_WRITABLE = 1
     DUE_CLOSED = 2
 
-    NEVER = 0x7FFFFFFFFFFFFFFF
     NO_ROW = 255
     SKIPPED = 13            # counter of frames of unknown type
     FIRST_SLOTS = 64
@@ -579,6 +578,9 @@ cdef class Stream:
         if self.finished:
             return 0
         if self.consumed_ >= self.credit_due and not self.pending & PENDING_CREDIT:
+            if self.granted >= self.body_size:
+                self.credit_due = NEVER     # what is to come was granted already
+                return 0
             self.credit_due = NEVER         # one will do: it grants by what is consumed when it is written
             self.session._want_control(self, PENDING_CREDIT)
             self.session._wake()
@@ -1332,6 +1334,7 @@ cdef class Session:
         stream.window_ = self.floor
         stream.granted = self.floor
         stream.credit_due = self.floor // 4
+        stream.body_size = NEVER
         stream.epoch_started = self.now
         self.n_opened += 1
         return 0

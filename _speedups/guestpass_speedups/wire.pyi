@@ -7,6 +7,7 @@ from typing import Any
 from guestpass_speedups.session import Session
 from guestpass_speedups.websocket import WebSocket
 
+def keep_freed_memory() -> None: ...  # once, in a process whose business is tunnels
 def _use_clock(clock: Callable[[], float] | None) -> None: ...  # for tests
 
 class Wire:
