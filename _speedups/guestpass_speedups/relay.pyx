@@ -56,6 +56,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.math cimport floor
 from libc.string cimport memcmp, memcpy, memmove, memset
 
+from guestpass_speedups.direct cimport descriptor, gp_send, iovec
 from guestpass_speedups.frames cimport MAX_STREAM_ID
 from guestpass_speedups.http1 cimport (
     BODY_CHUNKED,
@@ -118,6 +119,8 @@ cdef enum:
     # Admitted or refused paths that a grant with a scope remembers, and the longest that is worth it: 90 KiB a grant.
     ADMITTED_MAX = 256
     ADMITTED_PATH = 256
+    # Pieces of output that are handed to the kernel at once.
+    PIECES = 64
     # Buckets of the histogram of durations.
     BUCKETS_MAX = 32
     # Lines of the access log that wait for one write: some 250 of them. At full speed that is a hundredth of a second.
@@ -762,12 +765,14 @@ cdef class FastStream(Stream):
         written += 2
         if bodiless:
             self.expected = 0
+        if self.expected >= 0:
+            self.body_size = <uint64_t> self.expected
         self.keep_alive = keep_alive
         lane.head_for = connection
         lane.head_size = written
         if fin:
             return self._end_of_body(NULL, 0)
-        return lane._schedule()             # in case no body bytes came with the head
+        return 0 if self.session.body_follows else lane._schedule()
 
     cdef int on_data(self, const unsigned char *data, Py_ssize_t size, bint fin) except -1:
         cdef Connection connection = self.connection
@@ -899,6 +904,8 @@ cdef class Connection:
     cdef FastStream stream
     cdef FastStream kept
     cdef FastTail tail
+    cdef int fd                     # for writing past the transport; -1: never
+    cdef bint spilled               # the transport may have something waiting
     cdef readonly bint paused       # by the transport
     cdef bint dirty
     cdef list queue
@@ -953,6 +960,7 @@ cdef class Connection:
         self.transport = transport
         self._write = transport.write
         self.secure = transport.get_extra_info("sslcontext") is not None
+        self.fd = descriptor(transport)
         self.phase = P_HEAD
         self.lane.connections.add(self)
         self.lane.now = monotonic()
@@ -981,6 +989,7 @@ cdef class Connection:
         self._drop_held()
         self.lost(exc)
         self._write = None
+        self.fd = -1
         self.transport = None
 
     def eof_received(self):
@@ -1168,6 +1177,7 @@ cdef class Connection:
         self.lane.connections.discard(self)
         self.transport = None
         self._write = None
+        self.fd = -1
         self.tunnel(transport, head, rest)
         return size
 
@@ -1524,6 +1534,9 @@ cdef class Connection:
         cdef Py_ssize_t head = lane.head_size if lane.head_for is self else 0
         cdef Py_ssize_t line_size = 0
         cdef Py_ssize_t total
+        cdef Py_ssize_t sent = 0
+        cdef iovec[4] pieces
+        cdef int count
         cdef bytes out
         cdef char *to
         if chunked and size:
@@ -1532,25 +1545,35 @@ cdef class Connection:
             line_size += 2
         total = head + line_size + size + (2 if line_size else 0) + (5 if chunked and last else 0)
         if total:
+            self.unconsumed += <uint64_t> size
+            if head:
+                lane.head_for = None
+            if line_size:
+                memcpy(line + line_size, "\r\n0\r\n\r\n", 7)
+            else:
+                memcpy(line, "0\r\n\r\n", 5)
+            if last and self.queue is None and self._direct():
+                # HEAD_OUT, line, data, and what ends a chunk and the chunks.
+                count = _piece(pieces, 0, HEAD_OUT, head)
+                count = _piece(pieces, count, line, line_size)
+                count = _piece(pieces, count, data, size)
+                count = _piece(pieces, count, line + line_size, (2 if line_size else 0) + (5 if chunked else 0))
+                sent = gp_send(self.fd, pieces, count)
+                if sent == total:
+                    return self._credit()
             out = PyBytes_FromStringAndSize(NULL, total)
             to = PyBytes_AS_STRING(out)
-            if head:
-                memcpy(to, HEAD_OUT, head)
-                to += head
-                lane.head_for = None
+            memcpy(to, HEAD_OUT, head)
+            to += head
+            memcpy(to, line, line_size)
+            to += line_size
             if size:
-                memcpy(to, line, line_size)
-                to += line_size
                 memcpy(to, data, size)
-                to += size
-            if line_size:
-                memcpy(to, b"\r\n", 2)
-                to += 2
-            if chunked and last:
-                memcpy(to, b"0\r\n\r\n", 5)
-            self.unconsumed += <uint64_t> size
+            to += size
+            if line_size or (chunked and last):
+                memcpy(to, line + line_size, (2 if line_size else 0) + (5 if chunked and last else 0))
             if last and self.queue is None:
-                return self._hand(out)
+                return self._spill(out[sent:] if sent > 0 else out)
             self._enqueue(out)
         if last or self.queued > QUEUE_MAX:
             return self._flush()
@@ -1585,8 +1608,39 @@ cdef class Connection:
         return self._hand(queue[0] if len(queue) == 1 else queue)
 
     @final
+    cdef bint _direct(self) except -1:
+        """Whether the kernel may be given output at once: nothing waits in the transport."""
+        if self.fd < 0 or self.phase == P_GONE:
+            return False
+        if self.spilled:
+            self.spilled = self.transport.get_write_buffer_size() != 0 or self.transport.is_closing()
+        return not self.spilled
+
+    @final
     cdef int _hand(self, out) except -1:
-        """To the transport: bytes, or a list of them."""
+        """To the kernel, or to the transport: bytes, or a list of them."""
+        cdef iovec[PIECES] pieces
+        cdef Py_ssize_t sent
+        cdef int count = 0
+        if self._direct() and (type(out) is bytes or len(<list> out) <= PIECES):
+            if type(out) is bytes:
+                out = [out]
+            for piece in <list> out:
+                count = _piece(pieces, count, PyBytes_AS_STRING(<bytes> piece), PyBytes_GET_SIZE(<bytes> piece))
+            sent = gp_send(self.fd, pieces, count)
+            while sent > 0 and out:
+                if sent < PyBytes_GET_SIZE(<bytes> out[0]):
+                    out[0] = out[0][sent:]
+                    break
+                sent -= PyBytes_GET_SIZE(<bytes> out.pop(0))
+            if not out:
+                return self._credit()
+        return self._spill(out)
+
+    @final
+    cdef int _spill(self, out) except -1:
+        """To the transport."""
+        self.spilled = True
         try:
             if type(out) is bytes:
                 self._write(out)
@@ -1831,6 +1885,7 @@ cdef class Connection:
     cdef int _slow(self, bytes head, bint upgrade) except -1:
         self._wait(T_NONE)
         self.phase = P_SLOW
+        self.spilled = True             # aiohttp writes to the transport
         self.slow_answered = False
         self.reframed = self.framing == BODY_CHUNKED
         if self.framing != BODY_NONE:
@@ -1976,6 +2031,14 @@ cdef Py_ssize_t _fraction(uint8_t *out, Py_ssize_t at, uint64_t number, int plac
         number = number // 10
         place -= 1
     return at + 1 + places
+
+
+cdef inline int _piece(iovec *pieces, int count, const void *data, Py_ssize_t size) noexcept:
+    if size == 0:
+        return count
+    pieces[count].iov_base = <void *> data
+    pieces[count].iov_len = <size_t> size
+    return count + 1
 
 
 cdef inline Py_ssize_t _put(Py_ssize_t at, const char *data, Py_ssize_t size) noexcept:

@@ -13,6 +13,9 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+cdef enum:
+    NEVER = 0x7FFFFFFFFFFFFFFF
+
 cdef enum State:    # SPEC.md, 3.; the order is the one of STATES
     ST_IDLE
     ST_OPEN
@@ -43,6 +46,7 @@ cdef enum Event:    # the order is the one of EVENTS
 
 cdef enum:
     N_RTTS = 8          # half a minute of a busy tunnel
+    FILL_SPACE = 196615 # FILL_MAX + MAX_FRAME: a frame is started below the limit and may pass it
 
 cdef enum Code:     # ErrorCode, as C
     NO_ERROR
@@ -141,6 +145,7 @@ cdef class Stream:
     cdef uint64_t window_
     cdef uint64_t promised          # `window_` until FIN, then what is unconsumed; 0 after a reset
     cdef uint64_t credit_due        # `consumed_` at which CREDIT is due; 0 when no more will be given
+    cdef uint64_t body_size         # what the peer will send in all, if its owner knows; NEVER: it does not
     cdef uint64_t epoch_offset
     cdef double epoch_started
 
@@ -208,6 +213,7 @@ cdef class Session:
     cdef Py_ssize_t partial_size
     cdef Py_ssize_t partial_have
     cdef bint receiving
+    cdef bint body_follows              # during `on_head`: `on_data` is called next, for bytes of the same frame
     cdef bint hello_in
     cdef uint8_t auths_in
     cdef bint verdict                   # the edge has spoken: streams may be opened
@@ -280,6 +286,8 @@ cdef class Session:
     # runs, then call `filled`, which makes the callbacks.
     cdef Py_ssize_t fill_shared(self, Py_ssize_t limit, double now) except -1
     cdef const unsigned char *shared(self) noexcept
+    # As fill_shared, into the caller's own FILL_SPACE bytes.
+    cdef Py_ssize_t fill_at(self, unsigned char *out, Py_ssize_t limit, double now) except -1
     cdef int filled(self) except -1
     cdef int open_raw(self, Stream stream, const unsigned char *service, Py_ssize_t service_size,
                       bint interactive, const unsigned char *head, Py_ssize_t head_size, bint fin) except -1

@@ -171,13 +171,11 @@ cdef enum:
     DUE_WRITABLE = 1
     DUE_CLOSED = 2
 
-    NEVER = 0x7FFFFFFFFFFFFFFF
     NO_ROW = 255
     SKIPPED = 13            # counter of frames of unknown type
     FIRST_SLOTS = 64
     # A frame that straddled two reads leaves at most this much behind in `partial`.
     PARTIAL_KEPT = 4096
-    SCRATCH_SIZE = 196615   # FILL_MAX + MAX_FRAME: a frame is started below the limit and may pass it
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -580,6 +578,9 @@ cdef class Stream:
         if self.finished:
             return 0
         if self.consumed_ >= self.credit_due and not self.pending & PENDING_CREDIT:
+            if self.granted >= self.body_size:
+                self.credit_due = NEVER     # what is to come was granted already
+                return 0
             self.credit_due = NEVER         # one will do: it grants by what is consumed when it is written
             self.session._want_control(self, PENDING_CREDIT)
             self.session._wake()
@@ -1101,6 +1102,7 @@ cdef class Session:
             self.n_discarded += <uint64_t> body_size
         else:
             self.calling = <PyObject *> stream
+            self.body_follows = body_size > 0
             stream.on_head(data + 2, head_size, interim, fin and body_size == 0)
             if body_size and not stream.doomed and not stream.finished:
                 stream.on_data(data + 2 + head_size, body_size, fin)
@@ -1332,6 +1334,7 @@ cdef class Session:
         stream.window_ = self.floor
         stream.granted = self.floor
         stream.credit_due = self.floor // 4
+        stream.body_size = NEVER
         stream.epoch_started = self.now
         self.n_opened += 1
         return 0
@@ -1578,10 +1581,14 @@ cdef class Session:
 
     cdef Py_ssize_t fill_shared(self, Py_ssize_t limit, double now) except -1:
         self._not_reentrant()
-        return self._fill(SCRATCH, min(limit, FILL_MAX), SCRATCH_SIZE, now)
+        return self._fill(SCRATCH, min(limit, FILL_MAX), FILL_SPACE, now)
 
     cdef const unsigned char *shared(self) noexcept:
         return SCRATCH
+
+    cdef Py_ssize_t fill_at(self, unsigned char *out, Py_ssize_t limit, double now) except -1:
+        self._not_reentrant()
+        return self._fill(out, min(limit, FILL_MAX), FILL_SPACE, now)
 
     cdef int filled(self) except -1:
         return self._after_fill()

@@ -49,6 +49,8 @@ cdef class UpstreamConnection:
     cdef UpstreamStream stream              # the exchange that has it
     cdef object transport
     cdef object write
+    cdef int fd                             # for writing past the transport; -1: never
+    cdef bint spilled                       # the transport may have something waiting
     cdef object quiet                       # poll() of the socket
     cdef list out                           # of the request; leaves in one write
     cdef Py_ssize_t out_size
@@ -75,6 +77,7 @@ cdef class UpstreamConnection:
     cdef bint paused                        # TLS: … and was
     cdef bint writing_paused
 
+    cdef int send(self, bytes data) except -1
     cdef int queue(self, bytes data) except -1
     cdef int _flush_soon(self) except -1
     cdef int _flush(self) except -1

@@ -53,6 +53,7 @@ from cpython.time cimport monotonic
 from libc.stdio cimport snprintf
 from libc.string cimport memcmp, memcpy, memset
 
+from guestpass_speedups.direct cimport descriptor, gp_send, iovec
 from guestpass_speedups.http1 cimport (
     BODY_CHUNKED,
     BODY_LENGTH,
@@ -318,6 +319,8 @@ cdef class UpstreamStream(Stream):
         self.upgrade = request.upgrade == UPGRADE_WEBSOCKET
         self.to_head = request.method_id == M_HEAD
         self.left = <int64_t> request.content_length if fields.present >> F_CONTENT_LENGTH & 1 else -1
+        if self.left >= 0:
+            self.body_size = <uint64_t> self.left
         self.request_sent = fin
         self.chunked = not fin and not self.upgrade and self.left < 0
         self.safe = (fin or self.upgrade) and request.method_id in (M_GET, M_HEAD, M_OPTIONS, M_PUT, M_DELETE)
@@ -388,7 +391,7 @@ cdef class UpstreamStream(Stream):
         self.since = now
         if self.request_sent or self.upgrade:
             connection.spoken = True
-            connection.write(self.head)
+            connection.send(self.head)
         else:
             connection.queue(self.head)
             self._pass_held()
@@ -423,7 +426,7 @@ cdef class UpstreamStream(Stream):
                 connection.queue(framed)
             elif self.upgrade and size <= SMALL and not connection.out and not connection.lost \
                     and not connection.writing_paused and not connection.transport.is_closing():
-                connection.write(data)
+                connection.send(data)
                 if not connection.writing_paused:
                     self.drained(self.since)
             else:
@@ -558,6 +561,7 @@ cdef class UpstreamConnection:
     def connection_made(self, transport):
         self.transport = transport
         self.write = transport.write
+        self.fd = descriptor(transport)
 
     def get_buffer(self, sizehint):
         return self.pool.view
@@ -589,6 +593,7 @@ cdef class UpstreamConnection:
                 self._detach()
         self.transport = None
         self.write = None
+        self.fd = -1
         self.out.clear()
 
     def pause_writing(self):
@@ -600,6 +605,24 @@ cdef class UpstreamConnection:
             self.stream.drained(monotonic())
 
     # -- the request -----------------------------------------------------------------------------------------
+
+    cdef int send(self, bytes data) except -1:
+        """Written now: to the kernel if nothing waits in the transport."""
+        cdef iovec piece
+        cdef Py_ssize_t sent
+        if self.fd >= 0 and self.spilled:
+            self.spilled = self.transport.get_write_buffer_size() != 0
+        if self.fd >= 0 and not self.spilled:
+            piece.iov_base = PyBytes_AS_STRING(data)
+            piece.iov_len = <size_t> PyBytes_GET_SIZE(data)
+            sent = gp_send(self.fd, &piece, 1)
+            if sent == PyBytes_GET_SIZE(data):
+                return 0
+            if sent > 0:
+                data = data[sent:]
+        self.spilled = True
+        self.write(data)
+        return 0
 
     cdef int queue(self, bytes data) except -1:
         """Written at the end of the loop's turn, together with what else comes until then."""
@@ -648,13 +671,14 @@ cdef class UpstreamConnection:
             if len(out) == 1:
                 data = out[0]
                 out.clear()
-                self.write(data)
+                self.send(data)
             elif self.out_size <= JOIN:
                 data = b"".join(out)
                 out.clear()
-                self.write(data)
+                self.send(data)
             else:
                 self.out = []
+                self.spilled = True
                 self.transport.writelines(out)
             self.out_size = 0
             if not self.writing_paused:
@@ -827,7 +851,7 @@ cdef class UpstreamConnection:
         cdef Field *field
         cdef const unsigned char *known
         cdef const unsigned char *url
-        cdef char[16] line
+        cdef char[3] line
         cdef uint32_t i
         cdef Py_ssize_t skip, before
         cdef int result
@@ -854,7 +878,9 @@ cdef class UpstreamConnection:
         used = 0
         full = False
         put(b"HTTP/1.1 ", 9)
-        snprintf(line, 16, b"%u", <unsigned int> status)
+        line[0] = <char> (c"0" + status // 100)     # 100 to 999
+        line[1] = <char> (c"0" + status // 10 % 10)
+        line[2] = <char> (c"0" + status % 10)
         put(line, 3)
         if response.has_reason:
             put(b" ", 1)

@@ -1,5 +1,8 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+cdef enum:
+    HEADER_MAX = 14     # 2 + 8 (length) + 4 (masking key)
+
 
 cdef void mask_bytes(
     uint8_t* target, const uint8_t* source, Py_ssize_t size, uint32_t key, unsigned phase
@@ -34,4 +37,7 @@ cdef class WebSocket:
     cdef int _header_complete(self) except -1
     cdef int _payload_complete(self) except -1
     cdef int _control_complete(self) except -1
+    # One binary message of `size` bytes where they lie, masked in place; where it begins, at most HEADER_MAX before.
+    cdef uint8_t *cover(self, uint8_t *payload, Py_ssize_t size) except NULL
+    cdef int _header_of(self, uint8_t *header, int opcode, Py_ssize_t size, uint32_t *key) except -1
     cdef bytes _frame(self, int opcode, const uint8_t* payload, Py_ssize_t size)

@@ -46,7 +46,6 @@ cdef enum:
     MASK_BIT = 0x80
     CONTROL_BIT = 0x08
     CONTROL_MAX = 125  # RFC 6455 section 5.5
-    HEADER_MAX = 14  # 2 + 8 (length) + 4 (masking key)
     # Masking keys drawn at a time: a system call for 1,024 frames instead of one for each.
     RANDOM_POOL = 4096
 
@@ -186,12 +185,9 @@ cdef class WebSocket:
         self._random_used = 0
         return 0
 
-    cdef bytes _frame(self, int opcode, const uint8_t* payload, Py_ssize_t size):
-        cdef uint8_t header[HEADER_MAX]
+    cdef int _header_of(self, uint8_t *header, int opcode, Py_ssize_t size, uint32_t *key) except -1:
+        """The header of a frame into `header`, its length; the masking key into `key`."""
         cdef int length = 2, k
-        cdef uint32_t key = 0
-        cdef bytes out
-        cdef uint8_t* target
         header[0] = <uint8_t> (FIN_BIT | opcode)
         if size <= 125:
             header[1] = <uint8_t> size
@@ -207,11 +203,26 @@ cdef class WebSocket:
             length = 10
         if self.client:
             header[1] |= MASK_BIT
-            key = self._new_key()
-            memcpy(header + length, &key, 4)
+            key[0] = self._new_key()
+            memcpy(header + length, key, 4)
             length += 4
-        out = PyBytes_FromStringAndSize(NULL, length + size)
-        target = <uint8_t*> PyBytes_AS_STRING(out)
+        return length
+
+    cdef uint8_t *cover(self, uint8_t *payload, Py_ssize_t size) except NULL:
+        cdef uint8_t header[HEADER_MAX]
+        cdef uint32_t key = 0
+        cdef int length = self._header_of(header, BINARY, size, &key)
+        memcpy(payload - length, header, length)
+        if self.client:
+            mask_bytes(payload, payload, size, key, 0)
+        return payload - length
+
+    cdef bytes _frame(self, int opcode, const uint8_t* payload, Py_ssize_t size):
+        cdef uint8_t header[HEADER_MAX]
+        cdef uint32_t key = 0
+        cdef int length = self._header_of(header, opcode, size, &key)
+        cdef bytes out = PyBytes_FromStringAndSize(NULL, length + size)
+        cdef uint8_t* target = <uint8_t*> PyBytes_AS_STRING(out)
         memcpy(target, header, length)
         if self.client:
             mask_bytes(target + length, payload, size, key, 0)

@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import aiofastnet
 
+from guestpass_speedups.wire import keep_freed_memory
+
 log = logging.getLogger("guestpass.loop")
 
 T = TypeVar("T")
@@ -46,6 +48,7 @@ if sys.platform != "win32":
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """`asyncio.run` on the loop that this machine runs best."""
+    keep_freed_memory()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(main)
 
@@ -123,6 +126,12 @@ async def create_connection(
         ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT,
         **where,
     )
+
+
+def takes_all(transport: asyncio.BaseTransport) -> bool:
+    """Whether `write` has taken all of its argument when it returns, so that the buffer may be used again. TLS has:
+    aiofastnet encrypts what it can and copies the rest. Others keep a buffer until the kernel has taken it."""
+    return isinstance(transport, aiofastnet.Transport)
 
 
 def abort_now(transport: asyncio.WriteTransport) -> None:

@@ -14,6 +14,7 @@ from support.tunnel import HEAD, NAME, SERVICE, SITE, TestEdge, TestGateway, unt
 from guestpass.errors import NoGateway
 from guestpass.mux import link as link_module
 from guestpass.mux.stream import StreamReset, TunnelStream
+from guestpass_speedups import wire
 from guestpass_speedups.session import HIGH_WATER, ErrorCode, StreamRefused
 
 OK = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -350,11 +351,14 @@ class FastClock:
 
 
 async def test_half_dead_tunnel_is_given_up(
-    edge: TestEdge, gateway: TestGateway, monkeypatch: pytest.MonkeyPatch
+    edge: TestEdge, gateway: TestGateway, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """The connection stays open, but nothing comes any more: no FIN, no RST, as behind a router that died."""
-    monkeypatch.setattr(link_module, "time", FastClock(30))
+    clock = FastClock(30)
+    monkeypatch.setattr(link_module, "time", clock)
     monkeypatch.setattr(link_module, "TICK", 0.02)
+    wire._use_clock(clock.monotonic)
+    request.addfinalizer(lambda: wire._use_clock(None))
     made = await gateway.join(edge)
     stream = open_stream(edge)
     await until(lambda: gateway.streams, "the stream at the gateway")

@@ -1,14 +1,16 @@
 """A tunnel over a socket: WebSocket framing outside, `Session` inside, asyncio around.
 
-    transport ─▶ get_buffer / buffer_updated ─▶ WebSocket.feed_into ─▶ Session.receive ─▶ TunnelStream
-    transport ◀─ one write per loop turn ◀─── WebSocket.wrap_output ◀─ Session.fill ◀──── TunnelStream
+    transport ─▶ Wire.buffer_updated ─▶ WebSocket ─▶ Session.receive_raw ─▶ TunnelStream
+    transport ◀─ Wire._write_frames ◀── WebSocket ◀─ Session.fill_at ◀───── TunnelStream
+
+What runs for every read and write is compiled (`guestpass_speedups.wire`); here is the rest.
 
 Rules that everything here follows:
 
 1. Reading never pauses. What a stream's reader does not take is bounded by credit; a tunnel that stops reading because
    a writer is slow is how two ends that both push come to a standstill.
 2. `output_ready` asks for a flush at the end of the loop's turn, so the frames of many streams leave in one write. A
-   flush fills at most `FILL` bytes and only while the transport is not paused; what is left waits in the session, where
+   flush fills at most 128 KiB and only while the transport is not paused; what is left waits in the session, where
    small frames still overtake bulk.
 3. Callbacks of the session run inside `Session.receive`. An end that is decided there takes effect when `receive` has
    returned.
@@ -26,7 +28,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,25 +36,18 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import orjson
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from guestpass.loop import abort_now
+from guestpass.loop import abort_now, takes_all
 from guestpass.mux import handshake
 from guestpass.mux.handshake import HandshakeError, Hello, Proof, UpgradeRefused, Verdict
 from guestpass.mux.stream import StreamReset, TunnelStream
 from guestpass_speedups.session import Budget, ErrorCode, Session, Stream, TunnelError
 from guestpass_speedups.websocket import GOING_AWAY, NORMAL, WebSocket, WebSocketError
+from guestpass_speedups.wire import Wire
 
 if TYPE_CHECKING:
     from guestpass_speedups.session import SessionHandler
 
 log = logging.getLogger("guestpass.tunnel")
-
-# What one read may bring. All tunnels of a thread share the buffer: it is emptied before the loop's next callback.
-# It stays in the processor's cache: with 256 KiB the kernel's copying takes twice as long.
-READ_BUFFER = 64 * 1024
-
-# Bytes of frames written per turn of the loop: enough to make system calls cheap, little enough that what becomes
-# urgent meanwhile (a reset, a small response) waits behind no more than a millisecond of 1 Gbit/s.
-FILL = 128 * 1024
 
 # Water marks of the transport. uvloop's defaults for TLS let 576 KiB pile up, and urgent frames would stand behind it.
 WRITE_HIGH = 128 * 1024
@@ -87,15 +81,6 @@ DRAIN_POLL = 0.05
 
 # Highest stream id: GOAWAY with it says "open no more" and cuts off nothing that is on its way.
 LAST_STREAM_ID = 2**30 - 1
-
-_buffers = threading.local()
-
-
-def _shared_buffer() -> memoryview:
-    view: memoryview | None = getattr(_buffers, "view", None)
-    if view is None:
-        view = _buffers.view = memoryview(bytearray(READ_BUFFER))
-    return view
 
 
 @dataclass(slots=True)
@@ -140,7 +125,7 @@ class EdgeOwner(Owner, Protocol):
     async def authenticate(self, link: EdgeLink, proof: Proof) -> Verdict: ...
 
 
-class Link(asyncio.BufferedProtocol):
+class Link(Wire, asyncio.BufferedProtocol):
     """One tunnel. Do not make one of these but one of its two kinds."""
 
     def __init__(self, owner: Owner, *, edge: bool, budget: Budget, hello: Hello) -> None:
@@ -150,28 +135,17 @@ class Link(asyncio.BufferedProtocol):
         self._hello = hello
         self._peer_hello: Hello | None = None
         self._budget = budget
-        self.session: Session
-        """From `connection_made` on."""
+        self.session = cast(Session, None)  # from `connection_made` on
         self.ready = False
         self.since = time.time()
-        self.end: End | None = None
+        self.end = None
         self.goaway: ErrorCode | None = None
         """Code of the other end's GOAWAY."""
         self.closed: asyncio.Future[None] = self._loop.create_future()
         """Done when the connection is gone."""
-        self.bytes_received = 0
-        self.bytes_sent = 0
-        """Tunnel bytes without WebSocket and TLS framing."""
         self._websocket = WebSocket(client=not edge)
-        self._transport: asyncio.Transport | None = None
-        self._view = _shared_buffer()
-        self._paused = False
-        self._flush_due = False
-        self._receiving = False
-        self._end_due: tuple[End, int | None] | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
         self._deadline: asyncio.TimerHandle | None = None
-        self._written = 0
         self._progress = 0
         self._progress_at = 0.0
 
@@ -211,9 +185,10 @@ class Link(asyncio.BufferedProtocol):
         self.session = self._new_session(
             self, self._budget, now=now, max_streams=self._hello.max_streams, floor=self._hello.floor
         )
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=WRITE_HIGH, low=WRITE_LOW)
-        _tune(self._transport)
+        made = cast(asyncio.Transport, transport)
+        self._connect(made, self._loop.call_soon, takes_all(made))
+        made.set_write_buffer_limits(high=WRITE_HIGH, low=WRITE_LOW)
+        _tune(made)
         self._progress_at = now
         self._tick_timer = self._loop.call_later(TICK, self._tick)
         self._deadline = self._loop.call_later(HANDSHAKE_TIMEOUT, self._too_late)
@@ -223,46 +198,25 @@ class Link(asyncio.BufferedProtocol):
             reason = f"the connection was lost ({exc})" if exc else "the other end hung up"
             self._note_end(End(ErrorCode.UNREACHABLE, reason, by_peer=True))
         self._stop_timers()
-        self._transport = None
+        self._disconnect()
         if not self.closed.done():
             self.closed.set_result(None)
 
     def eof_received(self) -> bool:
         return False  # a tunnel has no half-closed state: streams have
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._view
+    # ── Wire ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def buffer_updated(self, nbytes: int) -> None:
-        if self.end is None:
-            self._received(self._view, nbytes)
-
-    def pause_writing(self) -> None:
-        self._paused = True
-
-    def resume_writing(self) -> None:
-        self._paused = False
-        if self.session.has_output:
-            self.output_ready()
-
-    # ── in ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _received(self, buffer: memoryview, size: int) -> None:
-        self._receiving = True
-        try:
-            payload = self._websocket.feed_into(buffer, size)
-            if payload:
-                self.bytes_received += len(payload)
-                self.session.receive(payload, time.monotonic())
-        except TunnelError as exc:
+    def _faulty(self, exc: Exception) -> None:
+        if isinstance(exc, TunnelError) and self._receiving:
             self._fail(exc.code, exc.reason)
-        except WebSocketError as exc:
+        elif isinstance(exc, WebSocketError):
             self._fail(ErrorCode.PROTOCOL_ERROR, exc.reason, close_code=exc.code)
-        except Exception:
-            log.exception("tunnel with %s: a fault of our own", self._who())
+        else:
+            log.error("tunnel with %s: a fault of our own", self._who(), exc_info=exc)
             self._fail(ErrorCode.INTERNAL_ERROR, "a fault of our own")
-        finally:
-            self._receiving = False
+
+    def _after_read(self) -> None:
         if self._end_due is not None:
             self._end(*self._end_due)
             return
@@ -272,37 +226,6 @@ class Link(asyncio.BufferedProtocol):
         if self._websocket.close_code is not None:
             code = self.goaway if self.goaway is not None else ErrorCode.NO_ERROR
             self._end(End(code, "the other end closed the tunnel", by_peer=True))
-
-    # ── out ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def output_ready(self) -> None:
-        if not self._flush_due and self.end is None:
-            self._flush_due = True
-            self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flush_due = False
-        transport = self._transport
-        if self._paused or transport is None or self.end is not None:
-            return
-        try:
-            written = self._write_frames(transport)
-        except Exception:
-            log.exception("tunnel with %s: a fault of our own", self._who())
-            self._fail(ErrorCode.INTERNAL_ERROR, "a fault of our own")
-            return
-        if written and self.session.has_output and not self._paused:
-            self.output_ready()
-
-    def _write_frames(self, transport: asyncio.Transport) -> bool:
-        """Whether there were any."""
-        message = self._websocket.wrap_output(self.session, FILL, time.monotonic())
-        if not message:
-            return False
-        self.bytes_sent = self.session.bytes_out
-        self._written += len(message)
-        transport.write(message)
-        return True
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -377,7 +300,7 @@ class Link(asyncio.BufferedProtocol):
     def _say_goodbye(self, transport: asyncio.Transport, end: End, close_code: int | None) -> None:
         if not end.by_peer:
             self.session.goaway(end.code)
-            self._write_frames(transport)
+            self._write_frames()
         if close_code is None:
             close_code = NORMAL if end.code in (ErrorCode.NO_ERROR, ErrorCode.DRAINING) else GOING_AWAY
         frame = self._websocket.close(close_code)
@@ -518,8 +441,7 @@ class EdgeLink(Link):
     def feed(self, data: bytes) -> None:
         """Bytes of the tunnel that were read together with the upgrade request."""
         if data and self.end is None:
-            copy = memoryview(bytearray(data))
-            self._received(copy, len(copy))
+            self._received(bytearray(data), len(data))
 
     def _greeted(self, hello: Hello) -> None:
         """The gateway goes on by itself."""
@@ -621,7 +543,7 @@ class GatewayLink(Link):
         self._own_session = new_session
         self._edge_name = edge_name
         self._websocket_key = handshake.new_websocket_key()
-        self._upgrading = True
+        self._raw = True  # until the edge has agreed to the upgrade
         self._head = b""
         self.edge: str = ""
         """What the edge calls itself."""
@@ -644,11 +566,8 @@ class GatewayLink(Link):
         super().connection_made(transport)
         cast(asyncio.Transport, transport).write(handshake.upgrade_request(self._host, self._websocket_key))
 
-    def _received(self, buffer: memoryview, size: int) -> None:
-        if not self._upgrading:
-            super()._received(buffer, size)
-            return
-        self._head += bytes(buffer[:size])
+    def _received_raw(self, data: bytes) -> None:
+        self._head += data
         end = self._head.find(b"\r\n\r\n")
         if end < 0:
             if len(self._head) > handshake.MAX_UPGRADE_HEAD or not b"HTTP/1.1 ".startswith(self._head[:9]):
@@ -661,14 +580,13 @@ class GatewayLink(Link):
         except UpgradeRefused as exc:
             self._refused(exc.status, exc.reason)
             return
-        self._upgrading = False
+        self._raw = False
         self.session.send_hello(self._hello.encode())
         if rest:
-            copy = memoryview(bytearray(rest))
-            super()._received(copy, len(copy))
+            self._received(bytearray(rest), len(rest))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._upgrading and self.end is None and not self._head and exc is None:
+        if self._raw and self.end is None and not self._head and exc is None:
             self._refused(0, "the connection was closed without an answer")
         super().connection_lost(exc)
 
@@ -676,7 +594,7 @@ class GatewayLink(Link):
         self.abort_with(End(ErrorCode.UNREACHABLE, reason, by_peer=True, status=status))
 
     def _end(self, end: End, close_code: int | None = None) -> None:
-        if self._upgrading:
+        if self._raw:
             self.abort_with(end)
         else:
             super()._end(end, close_code)
