@@ -27,7 +27,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import aiohttp
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SecretStr, ValidationInfo
@@ -79,14 +79,20 @@ __all__ = [
     "Step",
     "Storage",
     "canonical_address",
+    "settled",
 ]
 
 
 T = TypeVar("T")
 
-Answer = Awaitable[T] | T
+Answer: TypeAlias = Awaitable[T] | T
 """What a hook returns: the answer, or a promise of it. So a hook is an `async def` where it waits, and a plain `def`
 where it need not."""
+
+
+async def settled(answer: Answer[T]) -> T:
+    """The answer itself, however the hook was written."""
+    return await answer if isinstance(answer, Awaitable) else answer
 
 
 class PluginConfig(BaseModel):
@@ -103,6 +109,9 @@ def _folder(info: ValidationInfo) -> Path:
 def _read_secret(value: Any, info: ValidationInfo) -> Any:
     if isinstance(value, str | SecretStr):
         return value
+    known: Callable[[Any], str | None] | None = (info.context or {}).get("secret")
+    if known is not None and (secret := known(value)) is not None:
+        return secret
     try:
         return _SecretSource.model_validate(value).read(_folder(info))
     except ConfigError as exc:
@@ -248,7 +257,7 @@ class Plugin(ABC):
     kind: ClassVar[str]
     blocking: ClassVar[bool] = False
     """Hooks are plain functions that wait without awaiting: each call runs in a thread of this plugin's own, several at
-    once. `start`, `stop`, `watch` and `accepts` stay in the event loop."""
+    once. `start`, `stop` and `watch` stay in the event loop."""
 
     def __init__(self, name: str, config: PluginConfig) -> None:
         self.name = name
@@ -469,8 +478,8 @@ class RequestFilter(Plugin):
         return None
 
     def on_request(self, request: RequestContext) -> Answer[Edits | None]:
-        """Asked for each request; None to let it pass. Raises Denied to answer 403. An edge with a filter that overrides
-        this serves its requests by the slower lane."""
+        """Asked for each request; None to let it pass. Raises Denied to answer 403. An edge with a filter that
+        overrides this serves its requests by the slower lane."""
         return None
 
 
@@ -482,7 +491,7 @@ class Notifier(Plugin):
 
     kind = "notifier"
 
-    def accepts(self, message: Message) -> bool:
+    def accepts(self, message: Message) -> Answer[bool]:
         """Whether this one delivers to that address; the first that does is asked."""
         return True
 

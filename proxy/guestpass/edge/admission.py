@@ -202,11 +202,14 @@ class Admission(Desk):
             session, share = await self._session_of(kind, digest, share_id)
             if kind is SessionKind.TOKEN and session.email != await self._bearer(request, share):
                 raise Unauthorized("There is no such session.")
+            if session.provider in self._plugins.removed:
+                raise Unauthorized("This way of signing in is not offered any more.")
             await self._check(share, session)
+            static = await self._plugins.compile(share, session)
             gateway = await self.choose_gateway(share, session)
             expires = Grant.end_of(share, session)
             grant = Grant(
-                kind=kind, digest=digest, share=share, session=session, gateway=gateway, expires=expires
+                kind, digest, share=share, session=session, gateway=gateway, expires=expires, static=static
             )
             # Between the last question and this line nothing is awaited: what was revoked meanwhile moved the
             # generation, and the answers are asked for again.

@@ -7,12 +7,15 @@ keys, certificates), the store, then the parts, then the listeners: a fault stop
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import logging
 import os
 import secrets
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,7 +36,7 @@ from guestpass.edge.assertion import Signer, write_private
 from guestpass.edge.console import Console
 from guestpass.edge.events import EventHub
 from guestpass.edge.front import HANDLER_KEEPALIVE, Answered, FastLane, House, bare_lane
-from guestpass.edge.grants import GrantTable
+from guestpass.edge.grants import Grant, GrantTable
 from guestpass.edge.keys import CLIENT, SCHEME, SHARE_ID
 from guestpass.edge.listener import Listener
 from guestpass.edge.metrics import Metrics
@@ -42,7 +45,7 @@ from guestpass.edge.pages import Pages
 from guestpass.edge.plugins import PluginSet
 from guestpass.edge.relay import Relay
 from guestpass.edge.tunnels import Tunnels, own_certificate_hash
-from guestpass.errors import ConfigError, GuestpassError
+from guestpass.errors import ConfigError, Forbidden, GuestpassError
 from guestpass.model import Revocation, Revoked
 from guestpass.plugin import Client
 from guestpass.shares.bus import Bus
@@ -73,6 +76,9 @@ DRAIN_POLL = 0.05
 RESERVED_PREFIX = "/.guestpass/"
 ASSETS_PREFIX = "/.guestpass/assets/"
 
+# The parts of edge.toml that plugins come from.
+OF_PLUGINS = ("authenticate", "revoke", "choose", "filter", "notify", "observe", "mail")
+
 # A JSON or form body for our own handlers; shared applications' bodies stream and have no cap.
 MAX_OWN_BODY = 256 * 1024
 
@@ -90,6 +96,8 @@ class Edge:
         self._tls: ssl.SSLContext | None = None
         self._certificate_hash = b""
         self._draining = False
+        self._reloads: set[asyncio.Task[None]] = set()
+        self._reload_lock = asyncio.Lock()
 
     async def start(self) -> dict[str, Any]:
         """Bring everything up; returns the `ready` line. Raises GuestpassError; what was started is undone then."""
@@ -112,6 +120,8 @@ class Edge:
         self._load_tls()
         self.metrics = Metrics()
         self.plugins = PluginSet.load(with_notifiers(config), observe_hook=self.metrics.observe_hook)
+        self._cleanups.append(self.plugins.stop)  # of those that were loaded and never started as well
+        self._seen = _fingerprint(config)
         self.signer = Signer(state / "assertion.key", edge.public_url)
         api_key, api_key_file = self._api_key(state)
 
@@ -133,6 +143,7 @@ class Edge:
         self._cleanups.append(service.close)
         self.grants = GrantTable(touched=service.touch)
         bus.subscribe(self._revoke)
+        self._publish = bus.publish
         self.tunnels = Tunnels(
             edge_name=edge.name,
             find_key=self._find_key,
@@ -158,8 +169,8 @@ class Edge:
             tunnels=self.tunnels,
             signer=self.signer,
             origins=self.origins,
-            # Filters see every request, and they are Python.
-            fast=edge.fast_lane and not self.plugins.filters,
+            # Filters that see every request are Python.
+            fast=edge.fast_lane and not self.plugins.filters_requests,
         )
         self._lanes.append(self.lane)
         self.relay = Relay(
@@ -187,6 +198,7 @@ class Edge:
             revoke=bus.publish,
             fail_closed=self.grants.end_all,
             secret=_secret_file(state / "plugins.key").encode("ascii"),
+            count_blocked=lambda plugin: self.metrics.loop_blocked.labels(plugin).inc(),
         )
         self._cleanups.append(self.plugins.stop)
         await courier.start()
@@ -256,9 +268,9 @@ class Edge:
             listener.close()
         if self._admin is not None:
             self._admin.close()
-        for task in self._tasks:
+        for task in (*self._tasks, *self._reloads):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, *self._reloads, return_exceptions=True)
         if hasattr(self, "tunnels"):
             self.tunnels.close()
         if hasattr(self, "events"):
@@ -272,30 +284,86 @@ class Edge:
         for lane in self._lanes:
             lane.close()
 
-    def reload(self) -> None:
-        """SIGHUP: certificates are read again; a configuration with faults changes nothing. Live streams stay."""
-        with reloading():
-            self._reload()
+    def reload(self) -> asyncio.Task[None]:
+        """SIGHUP: certificates are read again, and plugins where something about them has changed; a configuration with
+        faults changes nothing. Live streams stay, unless the new plugins revoke them."""
+        task = asyncio.create_task(self._reload(), name="reload")
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+        return task
 
-    def _reload(self) -> None:
+    async def _reload(self) -> None:
+        async with self._reload_lock:
+            with reloading():
+                try:
+                    await self._load_again()
+                except GuestpassError as exc:
+                    log.error("reload: %s; nothing was changed", exc)
+                except Exception:
+                    log.exception("reload: failed")
+
+    async def _load_again(self) -> None:
+        fresh = configuration.load_edge(self.config.file)
+        if fresh.edge.tls is not None and self._tls is not None:
+            # First where nobody is served: a key that does not fit would leave the context without any.
+            load_certificate(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), fresh, fresh.edge.tls)
+        seen = _fingerprint(fresh)
+        if seen != self._seen:
+            await self._swap_plugins(fresh)
+            self._seen = seen
+            self.config = self.config.model_copy(update={name: getattr(fresh, name) for name in OF_PLUGINS})
+        if fresh.edge.tls is not None and self._tls is not None:
+            load_certificate(self._tls, fresh, fresh.edge.tls)
+            self._certificate_hash = own_certificate_hash(fresh.resolve(fresh.edge.tls.cert))
+        elsewhere = [
+            f"{prefix}{name}"
+            for prefix, new, old in (("edge.", fresh.edge, self.config.edge), ("", fresh, self.config))
+            for name in sorted(type(new).model_fields)
+            if name not in ("edge", "file", "tls") and getattr(new, name) != getattr(old, name)
+        ]
+        if elsewhere:
+            log.warning("reload: a restart is needed for changes of: %s", ", ".join(elsewhere))
+        log.info("reloaded %s", self.config.file)
+
+    async def _swap_plugins(self, fresh: EdgeConfig) -> None:
+        """Raises GuestpassError; then the old plugins are asked as before."""
+        loading = partial(PluginSet.load, with_notifiers(fresh), observe_hook=self.metrics.observe_hook)
+        plugins = await asyncio.to_thread(
+            loading
+        )  # importing may take a while, and others are served meanwhile
+        open_ones: list[Grant] = []
+
+        def swapped() -> None:
+            open_ones.extend(self.grants.outdate())
+            self.lane.fast = (
+                self.config.edge.fast_lane and not self.plugins.filters_requests and not self._draining
+            )
+
+        await self.plugins.replace(plugins, swapped)
+        ended = 0
+        for grant in open_ones:
+            ended += await self._ask_again(grant)
+        log.info(
+            "reload: the plugins were replaced; %d sessions with open streams were asked about, %d ended",
+            *(len(open_ones), ended),
+        )
+
+    async def _ask_again(self, grant: Grant) -> bool:
+        """Whether what the session has open had to end, by what the plugins say now."""
+        session = grant.session
         try:
-            fresh = configuration.load_edge(self.config.file)
-            if fresh.edge.tls is not None and self._tls is not None:
-                # First where nobody is served: a key that does not fit would leave the context without any.
-                load_certificate(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), fresh, fresh.edge.tls)
-                load_certificate(self._tls, fresh, fresh.edge.tls)
-                self._certificate_hash = own_certificate_hash(fresh.resolve(fresh.edge.tls.cert))
-            elsewhere = [
-                f"{prefix}{name}"
-                for prefix, new, old in (("edge.", fresh.edge, self.config.edge), ("", fresh, self.config))
-                for name in sorted(type(new).model_fields)
-                if name not in ("edge", "file", "tls") and getattr(new, name) != getattr(old, name)
-            ]
-            if elsewhere:
-                log.warning("reload: a restart is needed for changes of: %s", ", ".join(elsewhere))
-            log.info("reloaded %s", self.config.file)
+            if session.provider in self.plugins.removed:
+                await self.service.end_session(session.id, "provider_removed")
+                return True
+            revocation = await self.plugins.check(grant.share, session)
+        except Forbidden:
+            revocation = Revocation("denied")
         except GuestpassError as exc:
-            log.error("reload: %s; nothing was changed", exc)
+            log.warning("reload: session %s: %s", session.id, exc)
+            revocation = Revocation("plugin_failed")
+        if revocation is not None:
+            await self._publish(Revocation(revocation.reason, session_id=session.id))
+        return revocation is not None
 
     # ── parts of start ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -530,6 +598,33 @@ class _ServerLog(logging.LoggerAdapter[logging.Logger]):
             self._refused.labels(str(exc_info.code)).inc()
         else:
             super().debug(msg, *args, exc_info=exc_info, **more)
+
+
+def _fingerprint(config: EdgeConfig) -> bytes:
+    """Of all that plugins are made from: their sections, the files that they come from, and those of their secrets."""
+    digest = hashlib.sha256()
+    for name in OF_PLUGINS:
+        part = getattr(config, name)
+        digest.update(repr((name, part)).encode())
+        sections = part if isinstance(part, tuple) else ()
+        for section in sections:
+            source, _, _ = section.use.rpartition(":")
+            for path in (*([source] if source.endswith(".py") else []), *_secret_files(section.settings)):
+                with contextlib.suppress(OSError, ValueError):
+                    digest.update((config.folder / path).read_bytes())
+    return digest.digest()
+
+
+def _secret_files(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        if list(value) == ["file"] and isinstance(value["file"], str):
+            yield value["file"]
+        else:
+            for inner in value.values():
+                yield from _secret_files(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _secret_files(inner)
 
 
 def with_notifiers(config: EdgeConfig) -> EdgeConfig:
