@@ -40,6 +40,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -112,14 +114,27 @@ class Admission(Desk):
         pages: Pages,
         events: EventHub,
         metrics: Metrics | None = None,
+        now: Callable[[], float] = time.time,
     ) -> None:
         super().__init__(
-            origins=origins, service=service, plugins=plugins, pages=pages, events=events, metrics=metrics
+            origins=origins,
+            service=service,
+            plugins=plugins,
+            pages=pages,
+            events=events,
+            metrics=metrics,
+            now=now,
         )
         self._grants = grants
         self._tunnels = tunnels
         self._sign_in = SignInPages(
-            origins=origins, service=service, plugins=plugins, pages=pages, events=events, metrics=metrics
+            origins=origins,
+            service=service,
+            plugins=plugins,
+            pages=pages,
+            events=events,
+            metrics=metrics,
+            now=now,
         )
         self._restoring: dict[tuple[SessionKind, bytes, str], asyncio.Task[Grant]] = {}
 

@@ -86,8 +86,17 @@ MAX_OWN_BODY = 256 * 1024
 class Edge:
     """One edge process. `start`, then `drain` and `stop`."""
 
-    def __init__(self, config: EdgeConfig) -> None:
+    def __init__(
+        self,
+        config: EdgeConfig,
+        *,
+        now: Callable[[], float] = time.time,
+        load: Callable[..., PluginSet] = PluginSet.load,
+    ) -> None:
+        """`load(config, observe_hook=…)` makes the set of plugins."""
         self.config = config
+        self._now = now
+        self._load = load
         self._listeners: list[Listener] = []
         self._lanes: list[Lane] = []
         self._admin: Listener | None = None
@@ -119,7 +128,7 @@ class Edge:
         self.origins = Origins(edge.public_url, edge.share_domain)
         self._load_tls()
         self.metrics = Metrics()
-        self.plugins = PluginSet.load(with_notifiers(config), observe_hook=self.metrics.observe_hook)
+        self.plugins = self._load(with_notifiers(config), observe_hook=self.metrics.observe_hook)
         self._cleanups.append(self.plugins.stop)  # of those that were loaded and never started as well
         self._seen = _fingerprint(config)
         self.signer = Signer(state / "assertion.key", edge.public_url)
@@ -129,11 +138,11 @@ class Edge:
         self._cleanups.append(store.close)
         self.events = EventHub()
         bus = Bus()
-        courier = Courier(store, self.plugins.notifiers, emit=self.events.emit)
+        courier = Courier(store, self.plugins.notifiers, emit=self.events.emit, now=self._now)
         self.service = service = ShareService(
             store,
             bus,
-            now=time.time,
+            now=self._now,
             emit=self.events.emit,
             renew=lambda share, sessions: self.grants.renew(share, sessions),
             public_url=edge.public_url,
@@ -141,7 +150,7 @@ class Edge:
             default_owner=edge.owner,
         )
         self._cleanups.append(service.close)
-        self.grants = GrantTable(touched=service.touch)
+        self.grants = GrantTable(now=self._now, touched=service.touch)
         bus.subscribe(self._revoke)
         self._publish = bus.publish
         self.tunnels = Tunnels(
@@ -163,6 +172,7 @@ class Edge:
             pages=self.pages,
             events=self.events,
             metrics=self.metrics,
+            now=self._now,
         )
         self.lane = FastLane(
             grants=self.grants,
@@ -183,6 +193,7 @@ class Edge:
             metrics=self.metrics,
             share_origin=self.origins.share_origin,
             learn=self.lane.learn,
+            now=self._now,
         )
         self.metrics.watch_lane(lambda: self.lane.services.values(), lambda: self.lane.durations)
         self.metrics.watch(
@@ -198,6 +209,7 @@ class Edge:
             revoke=bus.publish,
             fail_closed=self.grants.end_all,
             secret=_secret_file(state / "plugins.key").encode("ascii"),
+            now=self._now,
             count_blocked=lambda plugin: self.metrics.loop_blocked.labels(plugin).inc(),
         )
         self._cleanups.append(self.plugins.stop)
@@ -327,7 +339,7 @@ class Edge:
 
     async def _swap_plugins(self, fresh: EdgeConfig) -> None:
         """Raises GuestpassError; then the old plugins are asked as before."""
-        loading = partial(PluginSet.load, with_notifiers(fresh), observe_hook=self.metrics.observe_hook)
+        loading = partial(self._load, with_notifiers(fresh), observe_hook=self.metrics.observe_hook)
         plugins = await asyncio.to_thread(
             loading
         )  # importing may take a while, and others are served meanwhile

@@ -384,11 +384,7 @@ class Isolated(Plugin):
         except (WireError, KeyError, TypeError, ValueError, AttributeError) as exc:
             return f"it said what it must not: {exc}"
         finally:
-            for future in list(self._calls.values()):
-                if not future.done():
-                    future.set_exception(ProcessDied("its process ended"))
-            for queue in self._yields.values():
-                queue.put_nowait(None)
+            self._drop("its process ended")
 
     def _drop(self, why: str) -> None:
         self._down = why

@@ -717,6 +717,10 @@ class PluginSet:
                 "the event loop is blocked at %s for %d ms by now", blocked.place, blocked.seconds * 1000
             )
 
+    @property
+    def all(self) -> list[Plugin]:
+        return [slot.plugin for _, slot in self._all()]
+
     def states(self) -> list[PluginHealth]:
         """Every plugin's state, in the order of the configuration."""
         now = self._now()
