@@ -296,12 +296,9 @@ class Isolated(Plugin):
     def kill(self) -> None:
         """End the process at once. Idempotent."""
         process, self._process = self._process, None
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._close(process)
         if process is not None:
             process.kill()
-            process.socket.close()
         self._drop("it was stopped")
 
     # ── the process's life ──────────────────────────────────────────────────────────────────────────────────
@@ -329,9 +326,7 @@ class Isolated(Plugin):
                 assert process is not None
                 if time.monotonic() - process.began > SETTLED_SECONDS:
                     pause = RESTART_FIRST
-                if self._writer is not None:
-                    self._writer.close()
-                    self._writer = None
+                self._close(process)
                 fate = await asyncio.to_thread(process.fate)
                 await asyncio.to_thread(process.kill)
                 self._drop(f"its process ended: {why or fate}")
@@ -348,7 +343,7 @@ class Isolated(Plugin):
     async def _again(self) -> asyncio.Task[str]:
         idle: asyncio.Task[str] = asyncio.create_task(asyncio.sleep(0, ""))
         try:
-            self._process = process = await asyncio.to_thread(_Process, self._loading)
+            self._process = process = await self._made()
             reader = await self._attach(process)
             listening = asyncio.create_task(self._listen(reader), name=f"{self.name}: listen")
             try:
@@ -362,9 +357,30 @@ class Isolated(Plugin):
             self._down = f"its process does not start: {exc}"
             log.error("%s %r: %s", self.kind, self.name, self._down)
             failed, self._process = self._process, None
+            self._close(failed)
             if failed is not None:
                 await asyncio.to_thread(failed.kill)
             return idle
+
+    async def _made(self) -> _Process:
+        """A new process, from a thread. One that is there when nobody wants it any more is ended."""
+        making = asyncio.ensure_future(asyncio.to_thread(_Process, self._loading))
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            with contextlib.suppress(Exception):
+                process = await making
+                process.kill()
+                process.socket.close()
+            raise
+
+    def _close(self, process: _Process | None) -> None:
+        """Our end of the conversation with it."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        elif process is not None:
+            process.socket.close()
 
     async def _listen(self, reader: asyncio.StreamReader) -> str:
         """Until the process ends or says what it must not; why, unless it ended."""

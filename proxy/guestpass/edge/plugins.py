@@ -189,9 +189,10 @@ class _Slot(Generic[P]):
         call: Callable[[], Any],
         *,
         passes: tuple[type[Exception], ...] = (Denied,),
+        settles: bool = True,
     ) -> Any:
         """Run a hook. Raises what is in `passes` as it is, and PluginFailed for any other exception, an
-        overrun deadline, or a plugin that is switched off."""
+        overrun deadline, or a plugin that is switched off. `settles`: that it answers shows that it works."""
         trying = self._enter()
         began = time.monotonic()
         error = True
@@ -207,8 +208,9 @@ class _Slot(Generic[P]):
                 if inspect.isawaitable(result):
                     result = await self._within(deadline, result)
             error = False
-            self._failures = 0
-            self._off_until = None
+            if settles:
+                self._failures = 0
+                self._off_until = None
             return result
         except passes:
             error = False
@@ -484,7 +486,11 @@ class _ContainedNotifier(Notifier):
         try:
             return bool(
                 await self._slot.ask(
-                    "accepts", ACCEPTS_DEADLINE, partial(self._slot.plugin.accepts, message), passes=()
+                    "accepts",
+                    ACCEPTS_DEADLINE,
+                    partial(self._slot.plugin.accepts, message),
+                    passes=(),
+                    settles=False,  # it does so while it delivers nothing
                 )
             )
         except PluginFailed:
