@@ -262,6 +262,9 @@ cdef Py_ssize_t write_set_cookie(const uint8_t *data, Span value, uint8_t *out) 
 # All Cache-Control fields as one that no shared cache may store; room for 2 × MAX_HEAD.
 cdef Py_ssize_t write_cache_control(const uint8_t *data, const Fields *fields, uint8_t *out) noexcept nogil
 
+# Drops the fields of this name, in any case, from the head that is written.
+cdef void mark_nominated(const uint8_t *data, Fields *fields, const uint8_t *name, Py_ssize_t size) noexcept nogil
+
 # The head that goes into OPEN, as headers.request_head: bytes written (≤ MAX_HEAD), or E_TOO_LARGE. `inject` are
 # complete lines. `out` has room for WRITE_ROOM bytes.
 cdef enum:

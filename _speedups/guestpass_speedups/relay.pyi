@@ -22,11 +22,29 @@ class Client:
     open: int
     def __init__(self, name: str) -> None: ...
 
+class Bucket:
+    per_second: float
+    burst: float
+    def __init__(self, per_second: float, burst: float) -> None: ...
+    def take(self, now: float) -> bool: ...
+    def wait(self) -> float: ...
+
 class Entry:
     grant: Any
     secret: bytes
     def __init__(
-        self, grant: Any, secret: bytes, host: str, origin: str, service: Service, cookie: bool, scoped: bool
+        self,
+        grant: Any,
+        secret: bytes,
+        host: str,
+        origin: str,
+        service: Service,
+        cookie: bool,
+        scoped: bool,
+        removed: tuple[bytes, ...] = (),
+        added: bytes = b"",
+        buckets: tuple[Bucket, ...] = (),
+        networks: bool = False,
     ) -> None: ...
     def dropped(self) -> None: ...
     def moved(self) -> None: ...

@@ -91,6 +91,7 @@ from guestpass_speedups.http1 cimport (
     error_status,
     find_bearer,
     find_cookie,
+    mark_nominated,
     next_chunk,
     scan_request,
     scan_response,
@@ -224,6 +225,41 @@ cdef class Client:
         self.name = name
 
 
+cdef class Bucket:
+    """A token bucket: `burst` at once, `per_second` on average. Both lanes take from it."""
+    cdef readonly double per_second
+    cdef readonly double burst
+    cdef double level
+    cdef double at                  # monotonic; < 0: not used yet
+    cdef object __weakref__
+
+    def __init__(self, double per_second, double burst):
+        self.per_second = per_second
+        self.burst = burst
+        self.level = burst
+        self.at = -1.0
+
+    @final
+    cdef bint has(self, double now) noexcept:
+        """Whether a token is there at `now`. The lanes' clocks differ by a turn of the loop: time never runs back."""
+        if self.at >= 0 and now > self.at:
+            self.level = min(self.burst, self.level + (now - self.at) * self.per_second)
+        if now > self.at:
+            self.at = now
+        return self.level >= 1.0
+
+    def take(self, double now):
+        """A token, if there is one at `now` (monotonic)."""
+        if not self.has(now):
+            return False
+        self.level -= 1.0
+        return True
+
+    def wait(self):
+        """Seconds from the last look until there is a token."""
+        return max(0.0, (1.0 - self.level) / self.per_second)
+
+
 cdef class Entry:
     """What the fast lane knows of a grant. The grant table keeps it beside its digest, under the secret itself."""
     cdef readonly object grant
@@ -242,9 +278,14 @@ cdef class Entry:
     cdef tuple sessions             # of the gateway's tunnels
     cdef uint64_t ways              # Lane.ways when `sessions` was looked up; 0: not yet
     cdef dict admitted              # b"METHOD path" → bool; None without a scope
+    # What filters said for every request of the session: `guestpass.edge.static`.
+    cdef tuple removed              # names of fields that the application is not told
+    cdef bytes added                # complete lines
+    cdef tuple buckets
+    cdef bint networks              # the client's address is limited
 
     def __init__(self, grant, bytes secret not None, str host not None, str origin not None, Service service not None,
-                 bint cookie, bint scoped):
+                 bint cookie, bint scoped, tuple removed=(), bytes added=b"", tuple buckets=(), bint networks=False):
         self.grant = grant
         self.secret = secret
         self.host = host.encode("ascii")
@@ -257,6 +298,10 @@ cdef class Entry:
         self.identity_until = -1.0
         self.sessions = ()
         self.admitted = {} if scoped else None
+        self.removed = removed
+        self.added = added
+        self.buckets = buckets
+        self.networks = networks
         self.live = True
 
     def dropped(self):
@@ -924,6 +969,8 @@ cdef class Connection:
     cdef bytes forwarded            # fields before, and between the two mentions of, the host name
     cdef bytes forwarded_end
     cdef bytes logged_as            # the client, in the access log
+    cdef Entry inside               # whose networks the client's address was found in
+    cdef bytes inside_as            # `forwarded` then: another address makes another one
 
     def __init__(self, Lane lane not None):
         self.lane = lane
@@ -1334,10 +1381,12 @@ cdef class Connection:
             entry.used = now
             lane.used(entry.grant, now)
         inject = self._inject(data, entry, now, host)
-        if inject < 0:
+        if inject < 0 or not self._limits(entry):
             return False
         if self.trusted and self.client is not None and not self._counts():
             return self._over("connections_per_client", data, n, entry)
+        for name in entry.removed:
+            mark_nominated(data, fields, <const uint8_t *> PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name))
         written = write_request_head(
             data, &REQUEST, REQUEST_OUT, INJECT, inject, PyBytes_AS_STRING(lane.bearer), PyBytes_GET_SIZE(lane.bearer))
         if written < 0:
@@ -1355,6 +1404,8 @@ cdef class Connection:
                 self.framing == BODY_NONE and not upgrade)
         except StreamRefused:
             return False
+        for bucket in entry.buckets:
+            (<Bucket> bucket).level -= 1.0
         stream.started = lane.now
         stream.service = entry.service
         stream.grant_ = entry.grant
@@ -1508,14 +1559,28 @@ cdef class Connection:
         if now >= entry.identity_until:
             entry.identity, entry.identity_until = self.lane.identity(entry.grant, now)
         if (PyBytes_GET_SIZE(self.forwarded) + PyBytes_GET_SIZE(self.forwarded_end) + 2 * host.size + 64
-                + PyBytes_GET_SIZE(entry.identity) > INJECT_MAX):
+                + PyBytes_GET_SIZE(entry.identity) + PyBytes_GET_SIZE(entry.added) > INJECT_MAX):
             return -1
         size = _put(size, PyBytes_AS_STRING(self.forwarded), PyBytes_GET_SIZE(self.forwarded))
         size = _put(size, <const char *> data + host.at, host.size)
         size = _put(size, PyBytes_AS_STRING(self.forwarded_end), PyBytes_GET_SIZE(self.forwarded_end))
         size = _put(size, <const char *> data + host.at, host.size)
         size = _put(size, "\"\r\nVia: 1.1 guestpass\r\n", 23)
-        return _put(size, PyBytes_AS_STRING(entry.identity), PyBytes_GET_SIZE(entry.identity))
+        size = _put(size, PyBytes_AS_STRING(entry.identity), PyBytes_GET_SIZE(entry.identity))
+        return _put(size, PyBytes_AS_STRING(entry.added), PyBytes_GET_SIZE(entry.added))
+
+    @final
+    cdef bint _limits(self, Entry entry) except -1:
+        """Whether the filters' limits on clients and rates admit the request; the relay says no in words. The client's
+        address is looked at once for a connection. Tokens are taken when the stream is open."""
+        if entry.networks and not (self.inside is entry and self.inside_as is self.forwarded):
+            if not self.within(entry.grant, self.speaks_for):
+                return False
+            self.inside, self.inside_as = entry, self.forwarded
+        for bucket in entry.buckets:
+            if not (<Bucket> bucket).has(self.lane.now):
+                return False
+        return True
 
     @final
     cdef int _opaque(self) except -1:

@@ -292,16 +292,34 @@ class AcmeSection(_Section):
         return self
 
 
+class Isolation(_Section):
+    """`isolation` of a plugin's section: a process of its own, and what that may use. `"process"` is all defaults."""
+
+    process: Literal[True] = True
+    memory_mb: int = Field(default=512, ge=128, le=65536)  # address space; an idle one uses 60 MB of it
+    files: int = Field(default=64, ge=16, le=65536)  # open at the same time, sockets among them
+    cpu_seconds: int | None = Field(default=None, ge=1)  # in all; then it is killed, and started again
+
+
+def _isolation(value: Any) -> Any:
+    if isinstance(value, str):
+        if value != "process":
+            raise ValueError(f'isolation: {value!r} is unknown; the one value is "process"')
+        return Isolation()
+    return value
+
+
 class PluginSection(BaseModel):
     """One `[[authenticate]]`, `[[revoke]]`, `[choose]`, `[[filter]]`, `[[notify]]`, `[[observe]]`.
 
-    What stands beside `use` and `name` is the plugin's own and validated by its `Config`.
+    What stands beside `use`, `name` and `isolation` is the plugin's own and validated by its `Config`.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     use: str
     name: str = ""
+    isolation: Annotated[Isolation | None, BeforeValidator(_isolation)] = None
     # Where it stands for a section of another name: that name, and how the settings are called there.
     _stands_for: str = PrivateAttr("")
     _keys: Mapping[str, str] = PrivateAttr(default_factory=dict)
@@ -316,6 +334,11 @@ class PluginSection(BaseModel):
     def where(self, kind: str, position: int) -> str:
         """How an error names it."""
         return self._stands_for or f'[[{kind}]] number {position} (use = "{self.use}")'
+
+    @property
+    def stands_for(self) -> str:
+        """The section that the operator wrote instead; "" when it is this one."""
+        return self._stands_for
 
     def in_its_words(self, fault: str) -> str:
         for ours, theirs in self._keys.items():

@@ -115,7 +115,7 @@ class Signals:
     for the drain. SIGHUP calls `on_reload`; without one it stops as well, as when the terminal of a command is closed.
     """
 
-    def __init__(self, *, on_reload: Callable[[], None] | None = None) -> None:
+    def __init__(self, *, on_reload: Callable[[], object] | None = None) -> None:
         self.stop = asyncio.Event()
         self.hurry = asyncio.Event()
         self._on_reload = on_reload

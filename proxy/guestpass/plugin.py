@@ -11,6 +11,10 @@ Hooks that decide (Authenticator, Revoker, RequestFilter) fail closed: an except
 its deadline, denies, with an error id that stands in the log. `asyncio.CancelledError` always passes. A
 plugin that fails again and again is not asked for a while, which denies as well.
 
+Hooks run in the edge's event loop, so what waits is awaited. A plugin that cannot (its library blocks) says
+`blocking = True` and has plain functions for hooks, each of which runs in a thread. One that may block, crash
+or be taken over gets `isolation = "process"` in its section of `edge.toml`, and needs no change.
+
 Contexts are frozen; fields are only ever added. A plugin imports this module, and nothing else of ours.
 """
 
@@ -23,7 +27,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import aiohttp
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SecretStr, ValidationInfo
@@ -38,6 +42,7 @@ API_VERSION = 1
 __all__ = [
     "API_VERSION",
     "Action",
+    "Answer",
     "Authenticator",
     "BackendChooser",
     "Candidate",
@@ -58,6 +63,7 @@ __all__ = [
     "Observer",
     "Plugin",
     "PluginConfig",
+    "Rate",
     "Redirect",
     "RequestContext",
     "RequestFilter",
@@ -69,10 +75,24 @@ __all__ = [
     "SessionKind",
     "Share",
     "SignIn",
+    "Static",
     "Step",
     "Storage",
     "canonical_address",
+    "settled",
 ]
+
+
+T = TypeVar("T")
+
+Answer: TypeAlias = Awaitable[T] | T
+"""What a hook returns: the answer, or a promise of it. So a hook is an `async def` where it waits, and a plain `def`
+where it need not."""
+
+
+async def settled(answer: Answer[T]) -> T:
+    """The answer itself, however the hook was written."""
+    return await answer if isinstance(answer, Awaitable) else answer
 
 
 class PluginConfig(BaseModel):
@@ -89,6 +109,9 @@ def _folder(info: ValidationInfo) -> Path:
 def _read_secret(value: Any, info: ValidationInfo) -> Any:
     if isinstance(value, str | SecretStr):
         return value
+    known: Callable[[Any], str | None] | None = (info.context or {}).get("secret")
+    if known is not None and (secret := known(value)) is not None:
+        return secret
     try:
         return _SecretSource.model_validate(value).read(_folder(info))
     except ConfigError as exc:
@@ -185,6 +208,11 @@ class Host(Protocol):
         """Write to the audit. Durable on return."""
         ...
 
+    def wait(self, promise: Coroutine[Any, Any, T]) -> T:
+        """For hooks of a `blocking` plugin, which run in a thread: what a coroutine of this host returns, as in
+        `self.host.wait(self.host.storage.get("key"))`. Raises RuntimeError in the event loop."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Client:
@@ -227,6 +255,9 @@ class Plugin(ABC):
     Config: ClassVar[type[PluginConfig]] = PluginConfig
     api_version: ClassVar[int] = API_VERSION
     kind: ClassVar[str]
+    blocking: ClassVar[bool] = False
+    """Hooks are plain functions that wait without awaiting: each call runs in a thread of this plugin's own, several at
+    once. `start`, `stop` and `watch` stay in the event loop."""
 
     def __init__(self, name: str, config: PluginConfig) -> None:
         self.name = name
@@ -319,15 +350,15 @@ class Authenticator(Plugin):
     interactive: ClassVar[bool] = True
     label: str = ""
 
-    async def begin(self, sign_in: SignIn) -> Step:
+    def begin(self, sign_in: SignIn) -> Answer[Step]:
         """The visitor chose this way. Raises Denied."""
         raise Denied("This way of signing in is not interactive.")
 
-    async def complete(self, sign_in: SignIn, params: Mapping[str, str]) -> Step:
+    def complete(self, sign_in: SignIn, params: Mapping[str, str]) -> Answer[Step]:
         """What the visitor typed, or the parameters of the callback. Raises Denied."""
         raise Denied("This way of signing in is not interactive.")
 
-    async def identify(self, request: RequestContext) -> Identity | None:
+    def identify(self, request: RequestContext) -> Answer[Identity | None]:
         """Credentials in the request itself; None to abstain. Raises Denied."""
         return None
 
@@ -336,10 +367,12 @@ class Authenticator(Plugin):
 
 
 class Revoker(Plugin):
+    """May this session start, and when must it end?"""
+
     kind = "revoker"
 
     @abstractmethod
-    async def check(self, share: Share, session: Session) -> Revocation | None:
+    def check(self, share: Share, session: Session) -> Answer[Revocation | None]:
         """Asked when a session starts and when its grant is rebuilt. None: it may go on. Raise Denied to
         refuse for now, with words for the visitor."""
 
@@ -362,10 +395,12 @@ class Choice:
 
 
 class BackendChooser(Plugin):
+    """Which gateway serves this session?"""
+
     kind = "backend-chooser"
 
     @abstractmethod
-    async def choose(self, choice: Choice) -> Candidate | None:
+    def choose(self, choice: Choice) -> Answer[Candidate | None]:
         """One of the candidates, or None to let the next chooser answer."""
 
 
@@ -402,26 +437,66 @@ class Edits:
     add: tuple[tuple[str, str], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A token bucket: `burst` requests at once, `per_second` of them on average. `each`: what has a bucket of its own,
+    "session", "recipient" or "share". Requests beyond it get 429."""
+
+    per_second: float
+    burst: int
+    each: str = "session"
+
+
+@dataclass(frozen=True, slots=True)
+class Static:
+    """What holds for every request of a session, so that none has to be asked about: the edge compiles it into the
+    session's grant.
+
+    None sets no limit; an empty `scope` or `networks` admits nothing. What is refused gets 403 with `message`.
+    """
+
+    edits: Edits | None = None
+    """At most five fields are added by all filters together, of 4096 bytes. Framing fields and `X-Guestpass-*` are the
+    edge's."""
+    scope: Sequence[Scope] | None = None
+    """Beside the share's own: a request must match a rule of each."""
+    networks: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network] | None = None
+    """The client's address must be in one of them."""
+    rate: Rate | None = None
+    message: str = ""
+
+
 class RequestFilter(Plugin):
+    """May this request pass, and with which header edits? Overrides `compile`, `on_request`, or both."""
+
     kind = "request-filter"
 
-    @abstractmethod
-    async def on_request(self, request: RequestContext) -> Edits | None:
-        """None to let it pass. Raises Denied to answer 403."""
+    def compile(self, share: Share, session: Session) -> Answer[Static | None]:
+        """What can be said before there is a request; asked once when a session is admitted, and again when its grant
+        is rebuilt (a changed configuration, an hour without use). Costs the requests nothing. Raises Denied to refuse
+        the session."""
+        return None
+
+    def on_request(self, request: RequestContext) -> Answer[Edits | None]:
+        """Asked for each request; None to let it pass. Raises Denied to answer 403. An edge with a filter that
+        overrides this serves its requests by the slower lane."""
+        return None
 
 
 # ── Notifier: deliver an invitation or a code ───────────────────────────────────────────────────────────────
 
 
 class Notifier(Plugin):
+    """Deliver an invitation or a code."""
+
     kind = "notifier"
 
-    def accepts(self, message: Message) -> bool:
+    def accepts(self, message: Message) -> Answer[bool]:
         """Whether this one delivers to that address; the first that does is asked."""
         return True
 
     @abstractmethod
-    async def deliver(self, message: Message) -> str:
+    def deliver(self, message: Message) -> Answer[str]:
         """Hand the message over; returns a short receipt for the owner. Raises NotDelivered."""
 
 
@@ -429,8 +504,10 @@ class Notifier(Plugin):
 
 
 class Observer(Plugin):
+    """Tell me what happened."""
+
     kind = "observer"
 
     @abstractmethod
-    async def on_event(self, event: Event) -> None:
+    def on_event(self, event: Event) -> Answer[None]:
         """Errors are logged and isolated."""

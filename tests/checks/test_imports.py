@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "gateway": {"mux", "guestpass_speedups"},
     "shares": set(),
     "edge": {"mux", "shares", "daemon", "guestpass_speedups"},
-    "cli": {"edge", "gateway", "shares", "daemon", "local_ca", "guestpass_speedups"},
+    "cli": {"edge", "gateway", "shares", "daemon", "local_ca", "testing", "guestpass_speedups"},
     "daemon": set(),
     "local_ca": set(),
     "testing": {"edge", "gateway", "shares", "daemon", "local_ca"},

@@ -120,11 +120,10 @@ async def test_nobody_is_told_what_this_runs_on(stack: Stack) -> None:
 
 async def test_a_reload_says_what_it_did_not_take(stack: Stack, caplog: pytest.LogCaptureFixture) -> None:
     file = stack.edge.config.file
-    file.write_text('[edge]\nowner = "Somebody else"\n[[filter]]\nuse = "./x.py:X"\n')
-    stack.edge.reload()
+    file.write_text('[edge]\nowner = "Somebody else"\n')
+    await stack.edge.reload()
     said = next(r.getMessage() for r in caplog.records if "a restart is needed" in r.getMessage())
     assert "edge.owner" in said
-    assert said.endswith(", filter")
 
 
 async def test_a_reload_of_a_certificate_that_does_not_fit_changes_nothing(
@@ -148,8 +147,8 @@ async def test_a_reload_of_a_certificate_that_does_not_fit_changes_nothing(
 
     before = await asyncio.to_thread(served)
     shutil.copy(other_cert, cert)
-    stack.edge.reload()
+    await stack.edge.reload()
     assert await asyncio.to_thread(served) == before
     shutil.copy(other_key, key)
-    stack.edge.reload()
+    await stack.edge.reload()
     assert await asyncio.to_thread(served) == other_cert.read_text()

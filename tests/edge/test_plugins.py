@@ -650,7 +650,7 @@ async def test_notifiers_as_the_courier_sees_them() -> None:
     assert isinstance(inner, Delivers)
     (notifier,) = PluginSet({"notify": [inner]}).notifiers
     message = Message("code", ALICE, "s", "t")
-    assert notifier.accepts(message)
+    assert await notifier.accepts(message)
     assert await notifier.deliver(message) == "kept"
     inner.answer = NotDelivered("550 no such user", permanent=True)
     with pytest.raises(NotDelivered) as caught:

@@ -18,9 +18,13 @@ if TYPE_CHECKING:
     from guestpass.cli.parser import Commands
     from guestpass.edge.plugins import Available
 
+KIND_NAMES = ("authenticator", "revoker", "backend-chooser", "request-filter", "notifier", "observer")
+
 
 def add(commands: Commands) -> None:
-    plugin = add_command(commands, "plugin", "list and describe plugins", example="guestpass plugin list")
+    plugin = add_command(
+        commands, "plugin", "list, describe, write and check plugins", example="guestpass plugin list"
+    )
     actions = plugin.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
     add_command(
         actions,
@@ -38,6 +42,43 @@ def add(commands: Commands) -> None:
         run=_show,
     )
     show.add_argument("name", metavar="NAME", help="as `guestpass plugin list` prints it")
+    new = add_command(
+        actions,
+        "new",
+        "write a package with a plugin that works, and its tests",
+        about="The folder NAME is made; it has a `make check` of its own.",
+        example="guestpass plugin new office-hours --kind request-filter",
+        run=_new,
+    )
+    new.add_argument("name", metavar="NAME", help="of the plugin and its folder")
+    new.add_argument("--kind", required=True, choices=sorted(KIND_NAMES), help="what it decides or does")
+    new.add_argument("--in", dest="folder", metavar="FOLDER", default=".", help="where (default: here)")
+    check = add_command(
+        actions,
+        "check",
+        "check a plugin's hooks, settings and types, and run it in a real edge",
+        about="Its code is run: check only what you would install.",
+        example="guestpass plugin check office-hours\nguestpass plugin check ./office_hours.py:OfficeHours",
+        run=_check,
+    )
+    check.add_argument(
+        "name",
+        metavar="NAME_OR_PATH",
+        help="an installed plugin, a folder with its pyproject.toml, a file, or module:Class",
+    )
+    check.add_argument("--settings", metavar="FILE", help="TOML file with its settings, as in its section")
+
+
+def _new(args: argparse.Namespace, output: Output) -> int:
+    from guestpass.cli.plugin_new import new
+
+    return new(args, output)
+
+
+def _check(args: argparse.Namespace, output: Output) -> int:
+    from guestpass.cli.plugin_check import check
+
+    return check(args, output)
 
 
 def _list(args: argparse.Namespace, output: Output) -> int:

@@ -40,6 +40,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -112,14 +114,27 @@ class Admission(Desk):
         pages: Pages,
         events: EventHub,
         metrics: Metrics | None = None,
+        now: Callable[[], float] = time.time,
     ) -> None:
         super().__init__(
-            origins=origins, service=service, plugins=plugins, pages=pages, events=events, metrics=metrics
+            origins=origins,
+            service=service,
+            plugins=plugins,
+            pages=pages,
+            events=events,
+            metrics=metrics,
+            now=now,
         )
         self._grants = grants
         self._tunnels = tunnels
         self._sign_in = SignInPages(
-            origins=origins, service=service, plugins=plugins, pages=pages, events=events, metrics=metrics
+            origins=origins,
+            service=service,
+            plugins=plugins,
+            pages=pages,
+            events=events,
+            metrics=metrics,
+            now=now,
         )
         self._restoring: dict[tuple[SessionKind, bytes, str], asyncio.Task[Grant]] = {}
 
@@ -202,11 +217,14 @@ class Admission(Desk):
             session, share = await self._session_of(kind, digest, share_id)
             if kind is SessionKind.TOKEN and session.email != await self._bearer(request, share):
                 raise Unauthorized("There is no such session.")
+            if session.provider in self._plugins.removed:
+                raise Unauthorized("This way of signing in is not offered any more.")
             await self._check(share, session)
+            static = await self._plugins.compile(share, session)
             gateway = await self.choose_gateway(share, session)
             expires = Grant.end_of(share, session)
             grant = Grant(
-                kind=kind, digest=digest, share=share, session=session, gateway=gateway, expires=expires
+                kind, digest, share=share, session=session, gateway=gateway, expires=expires, static=static
             )
             # Between the last question and this line nothing is awaited: what was revoked meanwhile moved the
             # generation, and the answers are asked for again.

@@ -7,11 +7,14 @@ keys, certificates), the store, then the parts, then the listeners: a fault stop
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import logging
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,7 +39,7 @@ from guestpass.edge.certificates import Certificates
 from guestpass.edge.console import Console
 from guestpass.edge.events import EventHub
 from guestpass.edge.front import HANDLER_KEEPALIVE, Answered, FastLane, House, bare_lane
-from guestpass.edge.grants import GrantTable
+from guestpass.edge.grants import Grant, GrantTable
 from guestpass.edge.keys import CLIENT, SCHEME, SHARE_ID
 from guestpass.edge.limits import Refusals
 from guestpass.edge.listener import Listener
@@ -47,7 +50,7 @@ from guestpass.edge.plugins import PluginSet
 from guestpass.edge.relay import Relay
 from guestpass.edge.signing_keys import JWKS_SECONDS, KeyRing, write_private
 from guestpass.edge.tunnels import Tunnels
-from guestpass.errors import ConfigError, GuestpassError
+from guestpass.errors import ConfigError, Forbidden, GuestpassError
 from guestpass.hosts import is_loopback
 from guestpass.model import Revocation, Revoked
 from guestpass.plugin import Client
@@ -79,6 +82,9 @@ DRAIN_POLL = 0.05
 RESERVED_PREFIX = "/.guestpass/"
 ASSETS_PREFIX = "/.guestpass/assets/"
 
+# The parts of edge.toml that plugins come from.
+OF_PLUGINS = ("authenticate", "revoke", "choose", "filter", "notify", "observe", "mail")
+
 # A JSON or form body for our own handlers; shared applications' bodies stream and have no cap.
 MAX_OWN_BODY = 256 * 1024
 
@@ -86,10 +92,20 @@ MAX_OWN_BODY = 256 * 1024
 class Edge:
     """One edge process. `start`, then `drain` and `stop`."""
 
-    def __init__(self, config: EdgeConfig, *, restored: bool = False) -> None:
-        """`restored`: the database is a backup (see `Store.open`)."""
+    def __init__(
+        self,
+        config: EdgeConfig,
+        *,
+        restored: bool = False,
+        now: Callable[[], float] = time.time,
+        load: Callable[..., PluginSet] = PluginSet.load,
+    ) -> None:
+        """`restored`: the database is a backup (see `Store.open`). `load(config, observe_hook=…)` makes the set of
+        plugins."""
         self.config = config
         self._restored = restored
+        self._now = now
+        self._load = load
         self._listeners: list[Listener] = []
         self._lanes: list[Lane] = []
         self._admin: Listener | None = None
@@ -100,6 +116,8 @@ class Edge:
         self.acme: Acme | None = None
         self._draining = False
         self.access_log: AccessLog | None = None
+        self._reloads: set[asyncio.Task[None]] = set()
+        self._reload_lock = asyncio.Lock()
 
     async def start(self) -> dict[str, Any]:
         """Bring everything up; returns the `ready` line. Raises GuestpassError; what was started is undone then."""
@@ -131,7 +149,9 @@ class Edge:
                 count=lambda outcome: self.metrics.acme_attempts.labels(outcome).inc(),
             )
         self._load_certificates(config)
-        self.plugins = PluginSet.load(with_notifiers(config), observe_hook=self.metrics.observe_hook)
+        self.plugins = self._load(with_notifiers(config), observe_hook=self.metrics.observe_hook)
+        self._cleanups.append(self.plugins.stop)  # of those that were loaded and never started as well
+        self._seen = _fingerprint(config)
         self.keys = KeyRing(state, days=edge.assertion_key_days)
         self.keys.open(time.time())
         self.signer = Signer(self.keys, edge.public_url)
@@ -141,11 +161,11 @@ class Edge:
         self._cleanups.append(store.close)
         self.events = EventHub()
         bus = Bus()
-        courier = Courier(store, self.plugins.notifiers, emit=self.events.emit)
+        courier = Courier(store, self.plugins.notifiers, emit=self.events.emit, now=self._now)
         self.service = service = ShareService(
             store,
             bus,
-            now=time.time,
+            now=self._now,
             emit=self.events.emit,
             renew=lambda share, sessions: self.grants.renew(share, sessions),
             public_url=edge.public_url,
@@ -153,8 +173,9 @@ class Edge:
             default_owner=edge.owner,
         )
         self._cleanups.append(service.close)
-        self.grants = GrantTable(touched=service.touch)
+        self.grants = GrantTable(now=self._now, touched=service.touch)
         bus.subscribe(self._revoke)
+        self._publish = bus.publish
         self.tunnels = Tunnels(
             edge_name=edge.name,
             find_key=self._find_key,
@@ -174,6 +195,7 @@ class Edge:
             pages=self.pages,
             events=self.events,
             metrics=self.metrics,
+            now=self._now,
         )
         self.refusals = Refusals(config.limits, count=lambda limit: self.metrics.refusals.labels(limit).inc())
         self.lane = FastLane(
@@ -181,8 +203,8 @@ class Edge:
             tunnels=self.tunnels,
             signer=self.signer,
             origins=self.origins,
-            # Filters see every request, and they are Python.
-            fast=edge.fast_lane and not self.plugins.filters,
+            # Filters that see every request are Python.
+            fast=edge.fast_lane and not self.plugins.filters_requests,
             limits=config.limits,
         )
         self._lanes.append(self.lane)
@@ -203,6 +225,7 @@ class Edge:
             learn=self.lane.learn,
             refusals=self.refusals,
             access_log=self.lane if self.access_log is not None else None,
+            now=self._now,
         )
         self.metrics.watch_lane(lambda: self.lane.services.values(), lambda: self.lane.durations)
         self.metrics.watch(
@@ -219,6 +242,8 @@ class Edge:
             revoke=bus.publish,
             fail_closed=self.grants.end_all,
             secret=_secret_file(state / "plugins.key").encode("ascii"),
+            now=self._now,
+            count_blocked=lambda plugin: self.metrics.loop_blocked.labels(plugin).inc(),
         )
         self._cleanups.append(self.plugins.stop)
         await courier.start()
@@ -294,9 +319,9 @@ class Edge:
             listener.close()
         if self._admin is not None:
             self._admin.close()
-        for task in self._tasks:
+        for task in (*self._tasks, *self._reloads):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, *self._reloads, return_exceptions=True)
         if hasattr(self, "tunnels"):
             self.tunnels.close()
         if hasattr(self, "events"):
@@ -312,33 +337,89 @@ class Edge:
         if self.access_log is not None:
             await asyncio.to_thread(self.access_log.close)
 
-    def reload(self) -> None:
-        """SIGHUP: certificates are read again, the access log is opened again; a configuration with faults changes
-        nothing. Live streams stay."""
-        with reloading():
-            self._reload()
+    def reload(self) -> asyncio.Task[None]:
+        """SIGHUP: certificates are read again, the access log is opened again, and plugins are loaded again where
+        something about them has changed; a configuration with faults changes nothing. Live streams stay, unless the new
+        plugins revoke them."""
+        task = asyncio.create_task(self._reload(), name="reload")
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+        return task
 
-    def _reload(self) -> None:
-        if self.access_log is not None:
-            self.access_log.reopen()
+    async def _reload(self) -> None:
+        async with self._reload_lock:
+            with reloading():
+                if self.access_log is not None:
+                    self.access_log.reopen()
+                try:
+                    await self._load_again()
+                except GuestpassError as exc:
+                    log.error("reload: %s; nothing was changed", exc)
+                except Exception:
+                    log.exception("reload: failed")
+
+    async def _load_again(self) -> None:
+        fresh = configuration.load_edge(self.config.file)
+        # First where nobody is served: what does not fit changes nothing.
+        Certificates().load(fresh.file, tuple(certificates.sources(fresh)))
+        seen = _fingerprint(fresh)
+        if seen != self._seen:
+            await self._swap_plugins(fresh)
+            self._seen = seen
+            self.config = self.config.model_copy(update={name: getattr(fresh, name) for name in OF_PLUGINS})
+        self._load_certificates(fresh)
+        self.keys.tick(time.time())
+        if self.acme is not None:
+            self.acme.hurry()
+        elsewhere = [
+            f"{prefix}{name}"
+            for prefix, new, old in (("edge.", fresh.edge, self.config.edge), ("", fresh, self.config))
+            for name in sorted(type(new).model_fields)
+            if name not in ("edge", "file", "tls", "certificate") and getattr(new, name) != getattr(old, name)
+        ]
+        if elsewhere:
+            log.warning("reload: a restart is needed for changes of: %s", ", ".join(elsewhere))
+        log.info("reloaded %s", self.config.file)
+
+    async def _swap_plugins(self, fresh: EdgeConfig) -> None:
+        """Raises GuestpassError; then the old plugins are asked as before."""
+        loading = partial(self._load, with_notifiers(fresh), observe_hook=self.metrics.observe_hook)
+        plugins = await asyncio.to_thread(
+            loading
+        )  # importing may take a while, and others are served meanwhile
+        open_ones: list[Grant] = []
+
+        def swapped() -> None:
+            open_ones.extend(self.grants.outdate())
+            self.lane.fast = (
+                self.config.edge.fast_lane and not self.plugins.filters_requests and not self._draining
+            )
+
+        await self.plugins.replace(plugins, swapped)
+        ended = 0
+        for grant in open_ones:
+            ended += await self._ask_again(grant)
+        log.info(
+            "reload: the plugins were replaced; %d sessions with open streams were asked about, %d ended",
+            *(len(open_ones), ended),
+        )
+
+    async def _ask_again(self, grant: Grant) -> bool:
+        """Whether what the session has open had to end, by what the plugins say now."""
+        session = grant.session
         try:
-            fresh = configuration.load_edge(self.config.file)
-            self._load_certificates(fresh)
-            self.keys.tick(time.time())
-            if self.acme is not None:
-                self.acme.hurry()
-            elsewhere = [
-                f"{prefix}{name}"
-                for prefix, new, old in (("edge.", fresh.edge, self.config.edge), ("", fresh, self.config))
-                for name in sorted(type(new).model_fields)
-                if name not in ("edge", "file", "tls", "certificate")
-                and getattr(new, name) != getattr(old, name)
-            ]
-            if elsewhere:
-                log.warning("reload: a restart is needed for changes of: %s", ", ".join(elsewhere))
-            log.info("reloaded %s", self.config.file)
+            if session.provider in self.plugins.removed:
+                await self.service.end_session(session.id, "provider_removed")
+                return True
+            revocation = await self.plugins.check(grant.share, session)
+        except Forbidden:
+            revocation = Revocation("denied")
         except GuestpassError as exc:
-            log.error("reload: %s; nothing was changed", exc)
+            log.warning("reload: session %s: %s", session.id, exc)
+            revocation = Revocation("plugin_failed")
+        if revocation is not None:
+            await self._publish(Revocation(revocation.reason, session_id=session.id))
+        return revocation is not None
 
     # ── parts of start ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -628,6 +709,33 @@ class _ServerLog(logging.LoggerAdapter[logging.Logger]):
             self._refused.labels(str(exc_info.code)).inc()
         else:
             super().debug(msg, *args, exc_info=exc_info, **more)
+
+
+def _fingerprint(config: EdgeConfig) -> bytes:
+    """Of all that plugins are made from: their sections, the files that they come from, and those of their secrets."""
+    digest = hashlib.sha256()
+    for name in OF_PLUGINS:
+        part = getattr(config, name)
+        digest.update(repr((name, part)).encode())
+        sections = part if isinstance(part, tuple) else ()
+        for section in sections:
+            source, _, _ = section.use.rpartition(":")
+            for path in (*([source] if source.endswith(".py") else []), *_secret_files(section.settings)):
+                with contextlib.suppress(OSError, ValueError):
+                    digest.update((config.folder / path).read_bytes())
+    return digest.digest()
+
+
+def _secret_files(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        if list(value) == ["file"] and isinstance(value["file"], str):
+            yield value["file"]
+        else:
+            for inner in value.values():
+                yield from _secret_files(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _secret_files(inner)
 
 
 def with_notifiers(config: EdgeConfig) -> EdgeConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -48,6 +49,7 @@ class Desk:
         pages: Pages,
         events: EventHub,
         metrics: Metrics | None,
+        now: Callable[[], float] = time.time,
     ) -> None:
         self._origins = origins
         self._service = service
@@ -55,13 +57,10 @@ class Desk:
         self._pages = pages
         self._events = events
         self._metrics = metrics
+        self._now = now
         # As browsers write it in Origin: without a default port.
         self._main_origin = f"{origins.scheme}://{origins.main_host}"
         self._begun = Limiter(FLOWS_PER_CLIENT, FLOWS_WINDOW)
-
-    @staticmethod
-    def _now() -> float:
-        return time.time()
 
     def _get(self, path: str, handler: Handler, *, allow_head: bool = True) -> web.RouteDef:
         return web.get(path, guarded(self._pages, handler), allow_head=allow_head)

@@ -33,6 +33,7 @@ from guestpass.edge.access_log import who
 from guestpass.edge.grants import Grant, GrantTable
 from guestpass.edge.metrics import DURATIONS
 from guestpass.edge.relay import RETRY_AFTER, STATUS_OF_RESET
+from guestpass.edge.static import NOTHING
 from guestpass.loop import abort_now, acknowledged, resume_reading, unsent
 from guestpass.model import SessionKind
 from guestpass.tokens import BEARER_PREFIX
@@ -378,10 +379,16 @@ class Front(Connection, asyncio.BufferedProtocol):
     def trusts(self) -> bool:
         return h.within(self._peer, self.house.trusted_proxies)
 
-    def forwarding(self, speaks_for: bytes | None) -> tuple[bytes, bytes]:
-        peer = self._peer
+    def _address(self, speaks_for: bytes | None) -> str:
         told = () if speaks_for is None else ((b"x-forwarded-for", speaks_for),)
-        address = h.client_address(peer, told, self.house.trusted_proxies)
+        return h.client_address(self._peer, told, self.house.trusted_proxies)
+
+    def within(self, grant: Grant, speaks_for: bytes | None) -> bool:
+        """Whether the filters admit the client's address."""
+        return grant.static is None or grant.static.elsewhere(self._address(speaks_for)) is None
+
+    def forwarding(self, speaks_for: bytes | None) -> tuple[bytes, bytes]:
+        address = self._address(speaks_for)
         scheme = "https" if self.secure else self.house.scheme if self.trusts() else "http"
         self._spoken_for = address
         before, between, _ = h.forwarded_fields(address, scheme, b"\0").split(b"\0")
@@ -455,6 +462,7 @@ class FastLane(Lane):
         if not self.fast or grant.entry is not None or not secret.isascii():
             return
         origin = self._origins.share_origin(grant.share.id)
+        static = grant.static or NOTHING
         entry = Entry(
             grant,
             secret.encode("ascii"),
@@ -462,7 +470,11 @@ class FastLane(Lane):
             origin,
             self.service(grant.service),
             grant.kind is SessionKind.COOKIE,
-            bool(grant.share.scope),
+            bool(grant.share.scope or static.scopes),
+            static.removed,
+            static.added,
+            static.buckets,
+            bool(static.networks),
         )
         self._grants.index(grant, entry)
 
@@ -472,7 +484,9 @@ class FastLane(Lane):
         return self._tunnels.sessions(grant.site, grant.gateway, grant.service)
 
     def admits(self, grant: Grant, method: str, path: str) -> bool:
-        return scope.admits(grant.share.scope, method, path)
+        if grant.share.scope and not scope.admits(grant.share.scope, method, path):
+            return False
+        return grant.static is None or grant.static.outside(method, path) is None
 
     def others(self, grant: Grant) -> bool:
         """Whether another gateway than the session's reaches the service."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
 
+from guestpass.edge.static import Compiled
 from guestpass.model import Revocation, Revoked, Session, SessionKind, Share
 from guestpass_speedups.relay import Load
 
@@ -78,6 +79,8 @@ class Grant:
         b""  # identity fields for the application, made by the relay, with an expiry of their own
     )
     headers_until: float = 0.0
+    static: Compiled | None = None  # what filters said for every request
+    stale: bool = False  # decided by plugins that are not asked any more: see `GrantTable.outdate`
     entry: Indexed | None = None
     load: Load = field(default_factory=Load)  # of all of the share's grants, once it is in the table
     _timer: asyncio.TimerHandle | None = None
@@ -133,7 +136,7 @@ class GrantTable:
     def get(self, kind: SessionKind, digest: bytes, share_id: str) -> Grant | None:
         """The grant of this cookie or token *for this share*; None sends the request to the control plane."""
         grant = self._by_digest.get((kind, digest))
-        if grant is None or grant.share.id != share_id:
+        if grant is None or grant.share.id != share_id or grant.stale:
             return None
         now = self._now()
         if grant.expired(now):
@@ -150,7 +153,8 @@ class GrantTable:
 
     def index(self, grant: Grant, entry: Indexed) -> None:
         """Find the grant by its secret as well, until it is dropped."""
-        if self._by_digest.get((grant.kind, grant.digest)) is grant and grant.entry is None:
+        current = self._by_digest.get((grant.kind, grant.digest))
+        if current is grant and grant.entry is None and not grant.stale:
             grant.entry = entry
             self._index_of(grant)[entry.secret] = entry
 
@@ -197,7 +201,8 @@ class GrantTable:
 
     def is_live(self, grant: Grant) -> bool:
         """Whether this very grant is in force. A relay that awaited something asks before it opens a stream."""
-        return self._by_digest.get((grant.kind, grant.digest)) is grant and not grant.expired(self._now())
+        current = self._by_digest.get((grant.kind, grant.digest)) is grant
+        return current and not grant.stale and not grant.expired(self._now())
 
     def renew(self, share: Share, sessions: Mapping[str, Session]) -> None:
         """The share changed, and nobody loses anything by it: what is open goes on, under the new name and until the
@@ -208,6 +213,15 @@ class GrantTable:
                 grant.share, grant.session, grant.expires = share, session, Grant.end_of(share, session)
                 self._disarm(grant)
                 self._arm(grant)
+
+    def outdate(self) -> list[Grant]:
+        """Other plugins decide from now on: every session's next request makes its grant anew. What is open goes on
+        under the old grants, which revocations still find. Returns those with something open: to be asked about."""
+        self.generation += 1  # who is being admitted right now was asked about by the old ones
+        for grant in self._by_digest.values():
+            grant.stale = True
+            self._forget_entry(grant)
+        return [grant for grant in self._by_digest.values() if grant.streams]
 
     def revoke(self, revocation: Revocation) -> Revoked:
         """Drop what matches and end its streams, before returning."""
@@ -287,10 +301,7 @@ class GrantTable:
     def _drop(self, grant: Grant) -> None:
         if self._by_digest.get((grant.kind, grant.digest)) is grant:
             del self._by_digest[(grant.kind, grant.digest)]
-        if grant.entry is not None:
-            grant.entry.dropped()
-            self._index_of(grant).pop(grant.entry.secret, None)
-            grant.entry = None
+        self._forget_entry(grant)
         if self._by_session.get(grant.session.id) is grant:
             del self._by_session[grant.session.id]
         self._discard(self._by_share, grant.share.id, grant)
@@ -299,6 +310,12 @@ class GrantTable:
         if grant.gateway is not None:
             self._discard(self._by_gateway, (grant.site, grant.gateway), grant)
         self._disarm(grant)
+
+    def _forget_entry(self, grant: Grant) -> None:
+        if grant.entry is not None:
+            grant.entry.dropped()
+            self._index_of(grant).pop(grant.entry.secret, None)
+            grant.entry = None
 
     @staticmethod
     def _disarm(grant: Grant) -> None:

@@ -14,7 +14,15 @@ from prometheus_client.registry import Collector
 # Why something was revoked; a plugin's own reasons may be any text, a label may not.
 REASONS = frozenset(
     ("deleted", "expired", "recipient_removed", "session_ended", "share_updated", "gateway_removed")
-    + ("ended_by_owner", "replaced", "signed_out", "max_sessions", "denied", "plugin_failed")
+    + (
+        "ended_by_owner",
+        "replaced",
+        "signed_out",
+        "max_sessions",
+        "denied",
+        "plugin_failed",
+        "provider_removed",
+    )
 )
 
 # Upper bounds of the buckets of durations, in seconds.
@@ -75,6 +83,12 @@ class Metrics:
         # `reason`: a key of `edge.limits.TABLE`.
         self.refusals = Counter(
             "guestpass_refusals", "What was refused, by the reason", ("reason",), registry=self.registry
+        )
+        self.loop_blocked = Counter(
+            "guestpass_loop_blocked",
+            "Times that the event loop stood still for a quarter of a second, by the plugin at work ('-': none)",
+            ("plugin",),
+            registry=self.registry,
         )
         self.refused = Counter(
             "guestpass_refused", "Requests that the edge itself refused", ("status",), registry=self.registry

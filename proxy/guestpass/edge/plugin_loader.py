@@ -7,17 +7,21 @@ listens: a ConfigError or PluginError names the file, the section, the key and t
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
+import re
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -63,6 +67,20 @@ KINDS: Mapping[str, Kind] = {
         ("notify", Notifier),
         ("observe", Observer),
     )
+}
+
+
+# What has no abstract hook needs one of these all the same.
+NEEDS_ONE_OF: Mapping[str, tuple[str, ...]] = {"request-filter": ("compile", "on_request")}
+
+# Those that run in a thread where the plugin is `blocking`.
+BLOCKING_HOOKS: Mapping[str, tuple[str, ...]] = {
+    "authenticator": ("begin", "complete", "identify"),
+    "revoker": ("check",),
+    "backend-chooser": ("choose",),
+    "request-filter": ("compile", "on_request"),
+    "notifier": ("accepts", "deliver"),
+    "observer": ("on_event",),
 }
 
 
@@ -134,6 +152,18 @@ def check_class(kind: Kind, use: str, found: object) -> type[Plugin]:
         raise PluginError(
             f"{what} lacks {', '.join(missing)}", hint=f"{kind.base.__name__} needs every one of them."
         )
+    needed = NEEDS_ONE_OF.get(kind.name, ())
+    if needed and not any(getattr(found, hook) is not getattr(kind.base, hook) for hook in needed):
+        raise PluginError(f"{what} lacks {' and '.join(needed)}", hint="It needs one of them.")
+    if found.blocking:
+        for hook in BLOCKING_HOOKS[kind.name]:
+            if asyncio.iscoroutinefunction(inspect.unwrap(getattr(found, hook))) and (
+                getattr(found, hook) is not getattr(kind.base, hook)
+            ):
+                raise PluginError(
+                    f"{what}: it is blocking, and its {hook} is an async function",
+                    hint=f"Write `def {hook}` there, or leave `blocking = True` out.",
+                )
     if not isinstance(found.Config, type) or not issubclass(found.Config, PluginConfig):
         raise PluginError(f"{what}: its Config is not a guestpass.plugin.PluginConfig")
     return found
@@ -154,7 +184,7 @@ def _from_entry_point(kind: Kind, name: str) -> object:
         )
     try:
         return point.load()
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         raise PluginError(f'plugin "{name}" ({point.value}) cannot be imported: {in_one_line(exc)}') from exc
 
 
@@ -162,7 +192,7 @@ def _from_module(use: str) -> object:
     module_name, _, attribute = use.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         raise PluginError(
             f'plugin "{use}": the module {module_name} cannot be imported: {in_one_line(exc)}',
             hint="Is it installed in the environment that runs the edge?",
@@ -185,7 +215,7 @@ def _from_file(use: str, folder: Path) -> object:
     sys.modules[module_name] = module  # dataclasses and pydantic look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         sys.modules.pop(module_name, None)
         raise PluginError(f'plugin "{use}": {path} cannot be imported: {in_one_line(exc)}') from exc
     return _attribute(module, attribute, use)
@@ -229,18 +259,49 @@ def _default_name(use: str) -> str:
     return use.rpartition(":")[2]
 
 
-def build(kind: Kind, section: PluginSection, position: int, file: Path) -> Plugin:
-    """Load, validate and construct one plugin. Raises ConfigError or PluginError that names file and
-    section."""
-    where = f"{file}: {section.where(kind.section, position)}"
+def section_line(file: Path, section: str, position: int) -> int | None:
+    """Where the header of this section stands in edge.toml, counted from 1; TOML itself does not tell. None: it is
+    written otherwise, as an inline table, say."""
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    header = re.compile(rf"\s*\[\[?\s*{re.escape(section)}\s*\]\]?\s*(?:#.*)?")
+    found = [number for number, line in enumerate(lines, 1) if header.fullmatch(line)]
+    return found[position - 1] if 0 < position <= len(found) else None
+
+
+def place(kind: Kind, section: PluginSection, position: int, file: Path, line: int | None = None) -> str:
+    """How an error names a plugin's section."""
+    line = line or section_line(file, kind.section, position)
+    return f"{file}{'' if line is None else f':{line}'}: {section.where(kind.section, position)}"
+
+
+def build(
+    kind: Kind,
+    section: PluginSection,
+    position: int,
+    file: Path,
+    *,
+    secret: Callable[[Any], str | None] | None = None,
+    line: int | None = None,
+) -> Plugin:
+    """Load, validate and construct one plugin. `secret` knows what cannot be read here. Raises ConfigError or
+    PluginError that names file, line and section."""
+    where = place(kind, section, position, file, line)
     try:
         cls = load_class(kind, section.use, file.parent)
     except PluginError as exc:
         raise PluginError(f"{where}: {exc.message}", hint=exc.hint) from exc
     try:
-        config = cls.Config.model_validate(section.settings, context={"folder": file.parent})
+        config = cls.Config.model_validate(
+            section.settings, context={"folder": file.parent, "secret": secret}
+        )
     except ValidationError as exc:
-        raise ConfigError(f"{where}: {section.in_its_words(first_fault(exc, cls.Config))}") from exc
+        hint = "" if section.stands_for else f"`guestpass plugin show {section.use}` lists its settings."
+        raise ConfigError(
+            f"{where}: {section.in_its_words(first_fault(exc, cls.Config))}", hint=hint
+        ) from exc
     name = section.name or _default_name(section.use)
     try:
         return cls(name, config)
@@ -248,3 +309,5 @@ def build(kind: Kind, section: PluginSection, position: int, file: Path) -> Plug
         raise
     except Exception as exc:
         raise PluginError(f"{where}: it cannot be constructed: {in_one_line(exc)}") from exc
+    except BaseException as exc:
+        raise PluginError(f"{where}: it raised {type(exc).__name__} when it was constructed") from exc

@@ -12,7 +12,11 @@ How it works, in order:
 4. `stop` ends the background work, then stops the plugins in reverse order.
 
 A deadline is kept even when a hook swallows its cancellation: the hook runs in a task of its own, which is
-cancelled and left behind. What blocks the event loop itself cannot be stopped from inside it.
+cancelled and left behind. Hooks of a `blocking` plugin run in threads (see `threads`). What blocks the event loop
+itself cannot be stopped from inside it, but is named (see `watchdog`); a plugin with `isolation = "process"` runs in a
+process of its own (see `isolation`), and what stands here in its place is a proxy that answers to the same hooks.
+
+`replace` swaps the set of a running edge for another one: those who hold this object need not know.
 """
 
 from __future__ import annotations
@@ -23,12 +27,14 @@ import dataclasses
 import hmac
 import inspect
 import logging
-import re
 import secrets
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import aiohttp
@@ -37,7 +43,21 @@ import orjson
 from guestpass import tokens
 from guestpass.addresses import canonical
 from guestpass.config import EdgeConfig, PluginSection
-from guestpass.edge.plugin_loader import KINDS, Available, build, in_one_line, load_available, load_class
+from guestpass.edge.isolation import Isolated, isolated
+from guestpass.edge.plugin_loader import (
+    KINDS,
+    Available,
+    Kind,
+    build,
+    in_one_line,
+    load_available,
+    load_class,
+    place,
+    section_line,
+)
+from guestpass.edge.static import Compiled, StaticCompiler, check_edits
+from guestpass.edge.threads import Exhausted, Threads
+from guestpass.edge.watchdog import Blocked, Watchdog
 from guestpass.errors import (
     ConfigError,
     Forbidden,
@@ -66,6 +86,7 @@ from guestpass.plugin import (
     RequestFilter,
     Revoker,
     SignIn,
+    Static,
     Step,
     Storage,
 )
@@ -92,6 +113,7 @@ CHOOSE_DEADLINE = 1.0
 FILTER_DEADLINE = 1.0
 # A mail server may answer slowly (RFC 5321 §4.5.3.2 allows minutes); the courier retries.
 DELIVER_DEADLINE = 60.0
+ACCEPTS_DEADLINE = 5.0
 OBSERVE_DEADLINE = 10.0
 
 # ── circuit breaker ─────────────────────────────────────────────────────────────────────────────────────────
@@ -108,17 +130,19 @@ WATCH_RETRY_MAX = 2.0
 # A restarted watch that has lasted so long counts as running again.
 WATCH_SETTLE_SECONDS = 1.0
 
-# RFC 9110 §5.1 and §5.5, in Latin-1.
-HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-
 # What may be kept of a step on the server (plugin API: "JSON, ≤ 4 KiB").
 MAX_STATE = 4096
 
 
 # ── one enabled plugin ──────────────────────────────────────────────────────────────────────────────────────
 
+# ── a set that replaces another ─────────────────────────────────────────────────────────────────────────────
+# Hooks of the old plugins that still run may finish; those of a sign-in take longest but for a delivery, which the
+# courier tries again.
+REPLACED_SECONDS = SIGN_IN_DEADLINE
+
 P = TypeVar("P", bound=Plugin)
+T = TypeVar("T")
 
 ObserveHook = Callable[[str, str, float, bool], None]
 """(plugin, hook, seconds, error)"""
@@ -148,7 +172,11 @@ class _Slot(Generic[P]):
         self._error_id: str | None = None
         self._off_until: float | None = None  # monotonic
         self._trying = False
+        self._running = 0
         self._left_behind: set[asyncio.Future[Any]] = set()
+        self._threads = Threads(f"{plugin.kind} {plugin.name}") if plugin.blocking else None
+        self._blocked: Blocked | None = None  # the loop, by this plugin
+        self._blocked_at = 0.0
 
     @property
     def name(self) -> str:
@@ -161,19 +189,28 @@ class _Slot(Generic[P]):
         call: Callable[[], Any],
         *,
         passes: tuple[type[Exception], ...] = (Denied,),
+        settles: bool = True,
     ) -> Any:
         """Run a hook. Raises what is in `passes` as it is, and PluginFailed for any other exception, an
-        overrun deadline, or a plugin that is switched off."""
+        overrun deadline, or a plugin that is switched off. `settles`: that it answers shows that it works."""
         trying = self._enter()
         began = time.monotonic()
         error = True
+        self._running += 1
         try:
-            result = call()
-            if inspect.isawaitable(result):
-                result = await self._within(deadline, result)
+            if self._threads is not None:
+                result = await self._threads.run(deadline, call)
+                if inspect.isawaitable(result):
+                    getattr(result, "close", bool)()  # or it would be missed as "never awaited"
+                    raise TypeError("hooks of a blocking plugin are plain functions, this one is async")
+            else:
+                result = _called(call)
+                if inspect.isawaitable(result):
+                    result = await self._within(deadline, result)
             error = False
-            self._failures = 0
-            self._off_until = None
+            if settles:
+                self._failures = 0
+                self._off_until = None
             return result
         except passes:
             error = False
@@ -186,6 +223,7 @@ class _Slot(Generic[P]):
         except Exception as exc:
             raise self.failed(hook, exc) from exc
         finally:
+            self._running -= 1
             if trying:
                 self._trying = False
             if self._observe_hook is not None:
@@ -194,6 +232,8 @@ class _Slot(Generic[P]):
     def failed(self, hook: str, exc: BaseException) -> PluginFailed:
         """Count and log a failure; the returned error carries the id that the log has."""
         self._failures += 1
+        if isinstance(exc, Exhausted):
+            self._failures = max(self._failures, BREAKER_FAILURES)
         self._error_id = error_id = new_error_id()
         log.error(
             "%s %r failed in %s (error id %s)", self.plugin.kind, self.name, hook, error_id, exc_info=exc
@@ -216,14 +256,44 @@ class _Slot(Generic[P]):
         state, retry_at = ("failing" if self._failures else "ok"), None
         if self._off_until is not None:
             state, retry_at = "off", now + max(0.0, self._off_until - time.monotonic())
-        elif self.watch_lost is not None:
+        elif self.watch_lost is not None or self.fault() is not None:
             state = "failing"
         return PluginHealth(self.name, self.plugin.kind, state, self._failures, self._error_id, retry_at)
+
+    def fault(self) -> str | None:
+        """What is wrong with it besides failed hooks."""
+        if isinstance(self.plugin, Isolated) and (fault := self.plugin.fault()) is not None:
+            return fault
+        if self._blocked is not None and time.monotonic() - self._blocked_at < BREAKER_SECONDS:
+            return f"blocked the event loop in {self._blocked.hook} at {self._blocked.place}"
+        return None
+
+    def blocked_loop(self, blocked: Blocked) -> None:
+        """Called in the watchdog's thread."""
+        self._blocked_at = time.monotonic()
+        self._blocked = blocked
+        log.error(
+            "%s %r blocks the event loop in %s, at %s, for %d ms by now: every visitor waits. "
+            'Await what waits; or set blocking = True in its class, or isolation = "process" in its section',
+            *(self.plugin.kind, self.name, blocked.hook, blocked.place, blocked.seconds * 1000),
+        )
+
+    def owns(self, frame: FrameType) -> bool:
+        """Whether a frame of the loop's stack is this plugin's code."""
+        module = type(self.plugin).__module__
+        return frame.f_globals.get("__name__") == module and not isinstance(self.plugin, Isolated)
+
+    async def idle(self) -> None:
+        """Returns when no hook runs any more."""
+        while self._running:
+            await asyncio.sleep(0.05)
 
     def abandon(self) -> None:
         """Cancel hooks that overran their deadline and still run."""
         for task in self._left_behind:
             task.cancel()
+        if self._threads is not None:
+            self._threads.close()
 
     def _enter(self) -> bool:
         if self._off_until is None:
@@ -238,7 +308,7 @@ class _Slot(Generic[P]):
         return True
 
     async def _within(self, deadline: float, awaitable: Awaitable[Any]) -> Any:
-        task = asyncio.ensure_future(awaitable)
+        task = asyncio.ensure_future(_contained(awaitable))
         try:
             done, _ = await asyncio.wait((task,), timeout=deadline)
         except asyncio.CancelledError:
@@ -261,6 +331,39 @@ class _Slot(Generic[P]):
         self._left_behind.discard(task)
         if not task.cancelled():
             task.exception()  # was reported as an overrun; do not report it as "never retrieved" as well
+
+
+def _called(call: Callable[[], Any]) -> Any:
+    """A hook's first step. What would end the edge, or the task that asks, is an error of the hook."""
+    try:
+        return call()
+    except Exception:
+        raise
+    except BaseException as exc:
+        raise RuntimeError(f"it raised {type(exc).__name__}") from exc
+
+
+async def _contained(awaitable: Awaitable[T]) -> T:
+    """The rest of a hook. In a task of its own, so a cancellation is either ours or seen as the hook's."""
+    try:
+        return await awaitable
+    except (Exception, asyncio.CancelledError, GeneratorExit):
+        raise
+    except BaseException as exc:  # sys.exit(): asyncio would end the loop for it
+        raise RuntimeError(f"it raised {type(exc).__name__}") from exc
+
+
+def _built(kind: Kind, section: PluginSection, position: int, file: Path) -> Plugin:
+    if section.isolation is None:
+        return build(kind, section, position, file)
+    line = section_line(file, kind.section, position)
+    return isolated(kind.name, kind.section, section, position, file, line)
+
+
+def _overrides(plugin: Plugin, base: type[Plugin], hook: str) -> bool:
+    if isinstance(plugin, Isolated):
+        return hook in plugin.hooks
+    return getattr(type(plugin), hook) is not getattr(base, hook)
 
 
 def new_error_id() -> str:
@@ -292,6 +395,8 @@ class _Host:
         self.storage: Storage = edge.service.storage(self._owner)
         self._http: aiohttp.ClientSession | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
 
     @property
     def http(self) -> aiohttp.ClientSession:
@@ -306,7 +411,10 @@ class _Host:
         return self._edge.now()
 
     def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
-        task = asyncio.get_running_loop().create_task(work, name=f"{self._owner}: {name}")
+        if threading.get_ident() != self._thread:
+            self._loop.call_soon_threadsafe(partial(self.spawn, work, name=name))
+            return
+        task = self._loop.create_task(_contained(work), name=f"{self._owner}: {name}")
         self._tasks.add(task)
         task.add_done_callback(self._spawned_ended)
 
@@ -314,10 +422,24 @@ class _Host:
         await self._edge.notify(message)
 
     def emit(self, event: Event) -> None:
-        self._edge.events.emit(event)
+        if threading.get_ident() == self._thread:
+            self._edge.events.emit(event)
+        else:
+            self._loop.call_soon_threadsafe(self._edge.events.emit, event)
+
+    @property
+    def seed(self) -> bytes:
+        """What this plugin's keys are derived from."""
+        return hmac.digest(self._edge.secret, self._owner.encode(), "sha256")
 
     def derive_key(self, purpose: str) -> bytes:
-        return hmac.digest(self._edge.secret, f"{self._owner}\0{purpose}".encode(), "sha256")
+        return hmac.digest(self.seed, purpose.encode(), "sha256")
+
+    def wait(self, promise: Coroutine[Any, Any, T]) -> T:
+        if threading.get_ident() == self._thread:
+            promise.close()
+            raise RuntimeError("host.wait is for the threads of a blocking plugin: await this here")
+        return asyncio.run_coroutine_threadsafe(promise, self._loop).result()
 
     async def resolve_token(self, token: str) -> Identity | None:
         if not token.startswith(tokens.BEARER_PREFIX):
@@ -360,11 +482,18 @@ class _ContainedNotifier(Notifier):
         super().__init__(slot.name, slot.plugin.config)
         self._slot = slot
 
-    def accepts(self, message: Message) -> bool:
+    async def accepts(self, message: Message) -> bool:
         try:
-            return bool(self._slot.plugin.accepts(message))
-        except Exception as exc:
-            self._slot.failed("accepts", exc)
+            return bool(
+                await self._slot.ask(
+                    "accepts",
+                    ACCEPTS_DEADLINE,
+                    partial(self._slot.plugin.accepts, message),
+                    passes=(),
+                    settles=False,  # it does so while it delivers nothing
+                )
+            )
+        except PluginFailed:
             return False
 
     async def deliver(self, message: Message) -> str:
@@ -406,7 +535,16 @@ class PluginSet:
         self._filter: list[_Slot[RequestFilter]] = slots("filter")
         self._notify: list[_Slot[Notifier]] = slots("notify")
         self._observe: list[_Slot[Observer]] = slots("observe")
-        self.notifiers: list[Notifier] = [_ContainedNotifier(slot) for slot in self._notify]
+        self.notifiers: list[_ContainedNotifier] = [_ContainedNotifier(slot) for slot in self._notify]
+        """The same list for good: it is what the courier has."""
+        self.removed: set[str] = set()
+        """Authenticators that were replaced by none of their name: their sessions are over."""
+        self._observe_hook = observe_hook
+        self._compiler = StaticCompiler()
+        self._watchdog: Watchdog | None = None
+        self._count_blocked: Callable[[str], object] = lambda plugin: None
+        self._edge: _Edge | None = None
+        self._revoke_now: Callable[[Revocation], Awaitable[object]] | None = None
         self._now: Callable[[], float] = time.time
         self._started: list[_Slot[Any]] = []
         self._hosts: dict[int, _Host] = {}
@@ -419,18 +557,29 @@ class PluginSet:
         """Import, validate and construct everything that `config` names; nothing is started.
         Raises PluginError or ConfigError."""
         plugins: dict[str, list[Plugin]] = {}
+        try:
+            cls._build_all(config, plugins)
+        except BaseException:
+            for plugin in (p for found in plugins.values() for p in found):
+                if isinstance(plugin, Isolated):
+                    plugin.kill()
+            raise
+        return cls(plugins, observe_hook=observe_hook)
+
+    @staticmethod
+    def _build_all(config: EdgeConfig, plugins: dict[str, list[Plugin]]) -> None:
         for kind in KINDS.values():
             sections: tuple[PluginSection, ...] = getattr(config, kind.section)
             plugins[kind.section] = []
             for position, section in enumerate(sections, 1):
-                plugin = build(kind, section, position, config.file)
+                plugin = _built(kind, section, position, config.file)
                 taken = [p.name for p in plugins[kind.section]]
+                plugins[kind.section].append(plugin)
                 if plugin.name in taken:
                     raise ConfigError(
-                        f'{config.file}: [[{kind.section}]] number {position}: there is another "{plugin.name}"',
+                        f'{place(kind, section, position, config.file)}: there is another "{plugin.name}"',
                         hint='Give one of them a name of its own: name = "…".',
                     )
-                plugins[kind.section].append(plugin)
         if not any(section.use == "share-state" for section in config.revoke):
             # Deletion, expiry and limits hold whatever else decides.
             plugins["revoke"].insert(
@@ -441,7 +590,6 @@ class PluginSet:
                 f"{config.file}: [[authenticate]]: no way to sign in is left for visitors",
                 hint='Add [[authenticate]] with use = "email-code".',
             )
-        return cls(plugins, observe_hook=observe_hook)
 
     # ── lifecycle ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -455,23 +603,32 @@ class PluginSet:
         fail_closed: Callable[[str], object] = lambda reason: None,
         secret: bytes | None = None,
         now: Callable[[], float] = time.time,
+        count_blocked: Callable[[str], object] = lambda plugin: None,
     ) -> None:
         """Start every plugin in the order of the configuration.
 
         `notify` queues a message durably; `revoke` carries out what a Revoker's watch yields; `fail_closed`
         drops every grant (the reason is given) when a watch stays broken; `secret` seeds the keys of
-        `Host.derive_key` and should be the same after a restart (None: fresh for this process). Raises
-        PluginError when one of them refuses.
+        `Host.derive_key` and should be the same after a restart (None: fresh for this process); `count_blocked`
+        is told, in a thread, which plugin blocks the loop ("-": none does). Raises PluginError when one of
+        them refuses.
         """
         self._now = now
         self._fail_closed = fail_closed
-        edge = _Edge(service, events, notify, now, secret or secrets.token_bytes(32))
+        self._count_blocked = count_blocked
+        self._revoke_now = revoke
+        self._edge = edge = _Edge(service, events, notify, now, secret or secrets.token_bytes(32))
+        await self._start_all(edge, revoke)
+        self._watchdog = Watchdog(self._owner_of, self._loop_blocked)
+        self._watchdog.start()
+
+    async def _start_all(self, edge: _Edge, revoke: Callable[[Revocation], Awaitable[object]]) -> None:
         for section, slot in self._all():
             host = self._hosts[id(slot)] = _Host(edge, section, slot.name)
             self._started.append(slot)
             try:
                 async with asyncio.timeout(START_DEADLINE):
-                    await slot.plugin.start(_checked_host(host))
+                    await _contained(slot.plugin.start(_checked_host(host)))
             except Exception as exc:
                 await self.stop()
                 if isinstance(exc, GuestpassError):
@@ -484,11 +641,11 @@ class PluginSet:
                 raise PluginError(f"the {slot.plugin.kind} {slot.name!r} cannot start: {reason}") from exc
         for observer in self._observe:
             # Subscribed here, not in the task: an event that is emitted after `start` is not missed.
-            stream = events.subscribe()
+            stream = edge.events.subscribe()
             task = asyncio.create_task(self._tell(observer, stream), name=f"observe/{observer.name}")
             self._observing[task] = stream
         for revoker in self._revoke:
-            if type(revoker.plugin).watch is not Revoker.watch:
+            if _overrides(revoker.plugin, Revoker, "watch"):
                 self._watching.append(
                     asyncio.create_task(self._watch(revoker, revoke), name=f"revoke/{revoker.name}: watch")
                 )
@@ -496,6 +653,9 @@ class PluginSet:
     async def stop(self) -> None:
         """End background work, then stop the plugins in reverse order. Observers are told what was emitted
         before. Idempotent."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watchdog = None
         observing, self._observing = self._observing, {}
         for stream in observing.values():
             stream.close()
@@ -511,12 +671,61 @@ class PluginSet:
             slot.abandon()
             try:
                 async with asyncio.timeout(STOP_DEADLINE):
-                    await slot.plugin.stop()
+                    await _contained(slot.plugin.stop())
             except Exception:
                 log.exception("%s %r failed to stop", slot.plugin.kind, slot.name)
             host = self._hosts.pop(id(slot), None)
             if host is not None:
                 await host.close()
+        for _, slot in self._all():
+            if isinstance(slot.plugin, Isolated):
+                slot.plugin.kill()  # loaded and never started
+
+    async def replace(self, fresh: PluginSet, swapped: Callable[[], object] = lambda: None) -> None:
+        """Start the plugins of `fresh` and ask those from now on; the old ones stop when their running hooks have
+        ended. Raises what `start` raises; then nothing has changed. `fresh` must not be used any more.
+
+        `swapped` is called as soon as the new ones are asked: whoever keeps what plugins decided must ask again."""
+        edge, revoke = self._edge, self._revoke_now
+        assert edge is not None, "only a set that runs is replaced"
+        assert revoke is not None
+        fresh._now, fresh._fail_closed = self._now, self._fail_closed
+        await fresh._start_all(edge, revoke)
+        names, fresh_names = ({a.name for a in s.authenticators} for s in (self, fresh))
+        old = PluginSet({})
+        for part in (
+            *("_authenticate", "_revoke", "_choose", "_filter", "_notify", "_observe"),
+            *("_started", "_hosts", "_watching", "_observing"),
+        ):
+            setattr(old, part, getattr(self, part))
+            setattr(self, part, getattr(fresh, part))
+        self.notifiers[:] = fresh.notifiers
+        self.removed = (self.removed | names) - fresh_names
+        swapped()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REPLACED_SECONDS):
+                await asyncio.gather(*(slot.idle() for _, slot in old._all()))
+        await old.stop()
+
+    def _owner_of(self, frame: FrameType) -> object | None:
+        found = [slot for _, slot in self._all() if slot.owns(frame)]
+        if len(found) > 1:  # two of one module: `self` tells them apart
+            return next((slot for slot in found if frame.f_locals.get("self") is slot.plugin), found[0])
+        return found[0] if found else None
+
+    def _loop_blocked(self, blocked: Blocked) -> None:
+        slot = blocked.owner
+        self._count_blocked(slot.name if isinstance(slot, _Slot) else "-")
+        if isinstance(slot, _Slot):
+            slot.blocked_loop(blocked)
+        else:
+            log.warning(
+                "the event loop is blocked at %s for %d ms by now", blocked.place, blocked.seconds * 1000
+            )
+
+    @property
+    def all(self) -> list[Plugin]:
+        return [slot.plugin for _, slot in self._all()]
 
     def states(self) -> list[PluginHealth]:
         """Every plugin's state, in the order of the configuration."""
@@ -532,6 +741,10 @@ class PluginSet:
                 faults[f"{section}/{slot.name}"] = (
                     f"not asked after {state.failures} failures in a row; error id {state.error_id}"
                 )
+            elif (fault := slot.fault()) is not None:
+                faults[f"{section}/{slot.name}"] = fault
+            elif slot.watch_lost is not None:
+                faults[f"{section}/{slot.name}"] = f"hears no revocations; error id {state.error_id}"
         return faults
 
     def _all(self) -> list[tuple[str, _Slot[Any]]]:
@@ -576,7 +789,7 @@ class PluginSet:
         """Who the credentials in the request prove: the first authenticator that does not abstain.
         Raises Denied, PluginFailed."""
         for slot in self._authenticate:
-            if type(slot.plugin).identify is Authenticator.identify:
+            if not _overrides(slot.plugin, Authenticator, "identify"):
                 continue
             found = await slot.ask("identify", IDENTIFY_DEADLINE, partial(slot.plugin.identify, request))
             if found is not None:
@@ -654,7 +867,9 @@ class PluginSet:
                     settled()
                     await revoke(revocation)
                 raise RuntimeError("the watch ended by itself")
-            except Exception as exc:
+            except (asyncio.CancelledError, GeneratorExit):
+                raise
+            except BaseException as exc:
                 if slot.watch_lost is None:
                     slot.watch_lost = time.monotonic()
                     slot.failed("watch", exc)
@@ -692,23 +907,52 @@ class PluginSet:
     def filters(self) -> list[RequestFilter]:
         return [slot.plugin for slot in self._filter]
 
+    @property
+    def filters_requests(self) -> bool:
+        """Whether any of them sees each request."""
+        return any(_overrides(slot.plugin, RequestFilter, "on_request") for slot in self._filter)
+
+    async def compile(self, share: Share, session: Session) -> Compiled | None:
+        """What the filters say for every request of the session. Raises Forbidden with the words of one that refused,
+        PluginFailed."""
+        answers: list[tuple[str, Static]] = []
+        for slot in self._filter:
+            if not _overrides(slot.plugin, RequestFilter, "compile"):
+                continue
+            try:
+                static = await slot.ask(
+                    "compile", FILTER_DEADLINE, partial(slot.plugin.compile, share, session)
+                )
+            except Denied as exc:
+                raise Forbidden(str(exc) or "You cannot open this now.", code="denied") from exc
+            if static is None:
+                continue
+            if not isinstance(static, Static):
+                raise slot.failed("compile", TypeError(f"it returned {type(static).__name__}"))
+            answers.append((slot.name, static))
+            try:
+                compiled = self._compiler.compile(answers, share, session)
+            except (ValueError, TypeError, AttributeError) as exc:
+                raise slot.failed("compile", exc) from exc
+        return compiled if answers else None
+
     async def on_request(self, request: RequestContext) -> Edits | None:
         """All filters in order; their edits together, None when there are none. Raises Denied with the words of
         the one that refused, PluginFailed."""
         remove: frozenset[str] = frozenset()
         add: tuple[tuple[str, str], ...] = ()
         for slot in self._filter:
+            if not _overrides(slot.plugin, RequestFilter, "on_request"):
+                continue
             edits = await slot.ask("on_request", FILTER_DEADLINE, partial(slot.plugin.on_request, request))
             if edits is None:
                 continue
             if not isinstance(edits, Edits):
                 raise slot.failed("on_request", TypeError(f"it returned {type(edits).__name__}"))
-            for name, value in edits.add:
-                # A value may come from the request: it must not bring further fields along.
-                if not HEADER_NAME.fullmatch(name) or not HEADER_VALUE.fullmatch(value):
-                    raise slot.failed(
-                        "on_request", ValueError(f"the field {name!r} that it adds is malformed")
-                    )
+            try:
+                check_edits(edits)
+            except (ValueError, TypeError, AttributeError) as exc:
+                raise slot.failed("on_request", exc) from exc
             remove |= edits.remove
             add += edits.add
         return Edits(remove, add) if remove or add else None

@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
 from collections import deque
@@ -38,6 +39,7 @@ from guestpass.edge.access_log import who
 from guestpass.edge.grants import Grant, GrantTable
 from guestpass.edge.keys import CLIENT, GRANT, LIVE, SCHEME
 from guestpass.edge.limits import Refusals
+from guestpass.edge.static import Compiled
 from guestpass.errors import Forbidden, NoGateway, NotFound, PluginFailed, ShareEnded, Unauthorized
 from guestpass.loop import abort_now, unsent
 from guestpass.model import SessionKind
@@ -79,6 +81,8 @@ TAIL_POLL = 0.05
 
 # What browsers wait before they try again when no gateway is there.
 RETRY_AFTER = 5
+
+NOT_SHARED = "This is not part of what was shared."
 
 # Stream errors before a response began, and what the visitor is told.
 STATUS_OF_RESET: dict[int, int] = {
@@ -316,12 +320,16 @@ class Relay:
             return self._forbidden(request, "The request came from another site.")
         target = request.raw_path
         if grant.share.scope and not scope.admits(grant.share.scope, request.method, target):
-            return self._forbidden(request, "This is not part of what was shared.")
+            return self._forbidden(request, NOT_SHARED)
+        if grant.static is not None:
+            refusal = self._limit(request, grant.static)
+            if refusal is not None:
+                return refusal
         context = RequestContext(
             method=request.method,
             path=target,
             headers=[(k.decode("latin-1"), v.decode("latin-1")) for k, v in raw]
-            if self._plugins.filters
+            if self._plugins.filters_requests
             else (),
             client=request[CLIENT],
             share=grant.share,
@@ -329,6 +337,22 @@ class Relay:
             at=self._now(),
         )
         return grant, context
+
+    def _limit(self, request: web.Request, static: Compiled) -> web.StreamResponse | None:
+        """The answer to what filters do not admit at all; None: they do, and a token of each rate was taken."""
+        words = static.elsewhere(request[CLIENT].address)
+        if words is None:
+            words = static.outside(request.method, request.raw_path)
+            if words is not None:
+                words = words or NOT_SHARED
+        if words is not None:
+            return self._forbidden(request, words or NOT_SHARED)
+        wait = static.take(time.monotonic())
+        if wait is None:
+            return None
+        return self._pages.error(
+            429, request=request, why="a filter's rate", retry_after=max(1, math.ceil(wait))
+        )
 
     def _same_origin(self, request: web.Request, share_id: str) -> bool:
         """Shares of one domain are same-site, so cookies alone prove nothing on unsafe methods and upgrades."""
@@ -348,7 +372,10 @@ class Relay:
         inject = h.forwarded_fields(context.client.address, request[SCHEME], request.host.encode("latin-1"))
         inject += self._signer.fields(grant, context.at)
         source: h.RawHeaders = request.raw_headers
-        if self._plugins.filters:
+        if grant.static is not None:
+            source = [(k, v) for k, v in source if k.lower() not in grant.static.removed]
+            inject += grant.static.added
+        if self._plugins.filters_requests:
             try:
                 edits = await self._plugins.on_request(context)
             except Denied as exc:

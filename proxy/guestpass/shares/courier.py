@@ -21,7 +21,7 @@ from sqlalchemy.engine import Connection
 
 from guestpass.errors import GuestpassError
 from guestpass.model import Delivery, Event
-from guestpass.plugin import Message, NotDelivered, Notifier
+from guestpass.plugin import Message, NotDelivered, Notifier, settled
 from guestpass.shares import rules
 from guestpass.shares.store import Store, mail, shares
 from guestpass.shares.store.rows import QueuedMail
@@ -147,13 +147,13 @@ class Courier:
         if self._now() >= give_up:
             await self._over(item, item.attempts, Delivery.FAILED, "it was not delivered in time")
             return
-        notifier = next((n for n in self._notifiers if n.accepts(message)), None)
+        notifier = await self._accepting(message)
         if notifier is None:
             await self._over(item, attempts, Delivery.FAILED, "no notifier takes mail for this address")
             return
         try:
             async with asyncio.timeout(DELIVERY_SECONDS):
-                receipt = await notifier.deliver(message)
+                receipt: str = await settled(notifier.deliver(message))
         except NotDelivered as exc:
             detail, permanent = exc.detail, exc.permanent
         except TimeoutError:
@@ -172,6 +172,12 @@ class Courier:
             await self._over(item, attempts, Delivery.FAILED, detail)
         else:
             await self._again(item, attempts, pause, detail)
+
+    async def _accepting(self, message: Message) -> Notifier | None:
+        for notifier in self._notifiers:
+            if await settled(notifier.accepts(message)):
+                return notifier
+        return None
 
     async def _again(self, item: QueuedMail, attempts: int, pause: float, detail: str) -> None:
         due = self._now() + pause

@@ -87,7 +87,9 @@ def test_refusals(world: World, refusal: Refusal, lane: str, scheme: str) -> Non
 @pytest.mark.parametrize("lane", LANES)
 def test_a_page_for_people_has_the_id_too(world: World, lane: str) -> None:
     it = world.lanes[lane]
-    (answer,) = it.ask("plain", it.head(f"{RAW}-limited", "GET", "/x", "Accept: text/html", "Connection: close"))
+    (answer,) = it.ask(
+        "plain", it.head(f"{RAW}-limited", "GET", "/x", "Accept: text/html", "Connection: close")
+    )
     assert answer.status == 403
     found = re.search(rb"give this id: <code>([0-9a-f]{8})</code>", answer.body)
     assert found

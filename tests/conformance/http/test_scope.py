@@ -100,7 +100,9 @@ async def ask(
 ) -> tuple[int, bool, str]:
     """Status, whether the origin read it, and what is wrong besides ("" if nothing)."""
     number = next(NUMBERS)
-    target = rule.target + ("" if rule.target == "*" else ("&" if "?" in rule.target else "?") + f"n={number}")
+    target = rule.target + (
+        "" if rule.target == "*" else ("&" if "?" in rule.target else "?") + f"n={number}"
+    )
     before = world.mark(origin)
     data = lane.head(f"{origin}{kind}", rule.method, target, *lines, "Connection: close")
     received, _ = await lane.send(scheme, [data])

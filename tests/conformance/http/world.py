@@ -254,7 +254,9 @@ class World:
         found = {}
         for name, process in self.processes().items():
             pooled = sum(
-                1 for connection in process.net_connections("tcp") if connection.raddr and connection.raddr.port in ports
+                1
+                for connection in process.net_connections("tcp")
+                if connection.raddr and connection.raddr.port in ports
             )
             found[name] = process.num_fds() - pooled
         return found
@@ -301,9 +303,7 @@ def running(folder: Path) -> Iterator[World]:
             lane.shares = asyncio.run(_prepare(config, key.public_key().public_bytes_raw(), origins))
             lanes[name] = lane
         edges = ", ".join(f'"https://localhost:{lane.tls_port}"' for lane in lanes.values())
-        text = (
-            f'[gateway]\nname = "gw-1"\nsite = "{SITE}"\nkey = "gateway.key"\nca = "{ca}"\nedges = [{edges}]\n'
-        )
+        text = f'[gateway]\nname = "gw-1"\nsite = "{SITE}"\nkey = "gateway.key"\nca = "{ca}"\nedges = [{edges}]\n'
         for origin in origins.values():
             text += f'[services.{origin.name}]\nurl = "{origin.url}"\n'
             # The same rules once more: what the edge lets through by mistake ends here.

@@ -36,5 +36,9 @@ if __name__ == "__main__":
     app = web.Application(client_max_size=1 << 24)
     app.router.add_route("*", "/{tail:(?s:.*)}", echo)
     web.run_app(
-        app, host="127.0.0.1", port=int(sys.argv[2]), print=lambda _: print("ready", flush=True), access_log=None
+        app,
+        host="127.0.0.1",
+        port=int(sys.argv[2]),
+        print=lambda _: print("ready", flush=True),
+        access_log=None,
     )
