@@ -16,7 +16,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-apps check format screenshots bench bench-quick bench-smoke bench-tunnel report faults \
-	conformance plugins fuzz fuzz-http-asan fuzz-asan build clean
+	conformance plugins choosers fuzz fuzz-http-asan fuzz-asan build clean
 
 help:
 	@echo "make demo         share the bundled sample dashboard and print the link"
@@ -27,6 +27,7 @@ help:
 	@echo "make faults       what the tunnel survives: kills, black holes, storms, bad input (root, iproute2, nftables)"
 	@echo "make conformance  HTTP, WebSocket, TLS, spoofs and floods against real applications, in a table"
 	@echo "make plugins      hostile providers, containment, revocation of 10,000 streams, in a table"
+	@echo "make choosers     simulate the choosers of gateways, and renew their plots in docs/plots"
 	@echo "make fuzz-asan    fuzz the tunnel's compiled core under AddressSanitizer (60 s; FUZZ_SECONDS=3600 for long)"
 	@echo "make bench-tunnel the tunnel against hashicorp/yamux and its targets, in a table"
 	@echo "make bench-quick  the main ratios to nginx, HAProxy and others, in about a minute"
@@ -92,6 +93,10 @@ conformance: $(VENV)/extra-test
 # What plugins may do, what they cannot do to others, and how fast a revocation ends things (long forms).
 plugins: $(VENV)/extra-test
 	GUESTPASS_LONG=1 GUESTPASS_SCOREBOARD=benchmarks/results/plugins.json $(BIN)/pytest -q tests/plugins
+
+# Plots of a simulation; it measures no time, so they change only with the choosers.
+choosers: $(VENV)/extra-test $(VENV)/extra-bench
+	$(BIN)/python benchmarks/choosers.py
 
 # Each writes benchmarks/results/NAME.json. Loopback, one machine: nothing else should run there.
 BENCHMARKS := micro/run system/throughput system/sockets system/grants system/start

@@ -139,8 +139,10 @@ class Stack:
         first = (f"{method} {path} HTTP/1.1", f"Host: {self.host}", f"Authorization: Bearer {self.token}")
         return "\r\n".join((*first, *lines, "", "")).encode("latin-1")
 
-    async def add_gateway(self, name: str, **service: Any) -> Agent:
-        """Enrol and run one more gateway of the site."""
+    async def add_gateway(
+        self, name: str, *, gateway: Mapping[str, Any] | None = None, **service: Any
+    ) -> Agent:
+        """Enrol and run one more gateway of the site. `gateway`: more of its section."""
         join_token = await self.edge.service.create_join_token(SITE)
         key = self.folder / f"{name}.key"
         await enroll(f"http://localhost:{self.port}", join_token, name, key, ca=self.ca)
@@ -152,6 +154,7 @@ class Stack:
                 "ca": str(self.ca),
                 "key": str(key),
                 "drain_seconds": 0.5,
+                **(gateway or {}),
             },
             "services": {SERVICE: {"url": self.app_url, **service}},
         }

@@ -3,18 +3,19 @@ count."""
 
 from __future__ import annotations
 
+from random import Random as Generator
 from random import SystemRandom
 
 from guestpass.plugin import BackendChooser, Candidate, Choice
 
 __all__ = ["Random"]
 
-# Not seeded: two edges that start from the same snapshot must not choose alike.
-_random = SystemRandom()
-
 
 class Random(BackendChooser):
     """Every candidate with the same chance."""
 
-    async def choose(self, choice: Choice) -> Candidate:
-        return _random.choice(choice.candidates)
+    # Not seeded: two edges that start from the same snapshot must not choose alike.
+    generator: Generator = SystemRandom()
+
+    def choose(self, choice: Choice) -> Candidate:
+        return self.generator.choice(choice.candidates)
