@@ -34,8 +34,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, SecretStr, Validati
 
 from guestpass.addresses import canonical as canonical_address
 from guestpass.config import Secret as _SecretSource
-from guestpass.errors import ConfigError, InvalidEmail
+from guestpass.errors import ConfigError, Invalid, InvalidEmail
 from guestpass.model import Candidate, Event, Identity, Revocation, Scope, Session, SessionKind, Share
+from guestpass.scope import parse_scope
 
 API_VERSION = 1
 
@@ -56,6 +57,7 @@ __all__ = [
     "Form",
     "Host",
     "Identity",
+    "Invalid",
     "InvalidEmail",
     "Message",
     "NotDelivered",
@@ -79,6 +81,7 @@ __all__ = [
     "Step",
     "Storage",
     "canonical_address",
+    "parse_scope",
     "settled",
 ]
 

@@ -2,10 +2,11 @@
 applications behind several gateways that keep something per user in memory.
 
 Rendezvous hashing (Thaler and Ravishankar, 1998): each gateway gets a score from a hash of the key and its own name,
-and the highest one serves. There is no ring to keep and nothing to agree on: any edge, after any restart, comes to the same
-answer from the names alone. When a gateway leaves, only its own keys move, to where each had its second-highest score;
-when one joins, it takes its share of keys, and no key moves between the others. With `weights`, a gateway gets keys in
-proportion to its weight (the logarithmic method of Schindelhauer and Schomaker, 2005), with the same property.
+and the highest one serves. There is no ring to keep and nothing to agree on: any edge, after any restart, comes to
+the same answer from the names alone. When a gateway leaves, only its own keys move, to where each had its second-
+highest score; when one joins, it takes its share of keys, and no key moves between the others. With `weights`, a
+gateway gets keys in proportion to its weight (the logarithmic method of Schindelhauer and Schomaker, 2005), with the
+same property.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """`least-loaded`: of two gateways picked at random, the one that is less busy.
 
 Two choices are enough: the busiest of n gateways stays within a few streams of the mean, where one random choice lets
-it drift far above (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001). Always taking the least
-busy of all would send a whole rush of sessions to the gateway that just came back, before any of them has a stream that
-could be counted.
+it drift far above (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001). Always taking the
+least busy of all would send a whole rush of sessions to the gateway that just came back, before any of them has a
+stream that could be counted.
 
-How busy a gateway is: its live streams, with the one to come, divided by its weight, and dearer by distance. A gateway
-whose round trip is `far` seconds longer counts as twice as busy, so distance decides among idle gateways, and load
-among busy ones.
+How busy a gateway is: its live streams, with the one to come, divided by its weight, and dearer by distance. A
+gateway whose round trip is `far` seconds longer counts as twice as busy, so distance decides among idle gateways, and
+load among busy ones.
 """
 
 from __future__ import annotations
