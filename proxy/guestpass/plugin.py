@@ -57,6 +57,7 @@ __all__ = [
     "Form",
     "Host",
     "Identity",
+    "Incoming",
     "Invalid",
     "InvalidEmail",
     "Message",
@@ -67,6 +68,7 @@ __all__ = [
     "PluginConfig",
     "Rate",
     "Redirect",
+    "Reply",
     "RequestContext",
     "RequestFilter",
     "Revocation",
@@ -211,6 +213,31 @@ class Host(Protocol):
         """Write to the audit. Durable on return."""
         ...
 
+    async def idle_sessions(self, seconds: float) -> Sequence[Session]:
+        """Live sessions of all shares that had neither a request nor anything open for so long, the longest idle first;
+        at most a thousand. Use is known to about two minutes."""
+        ...
+
+    async def end_session(self, session_id: str, reason: str) -> None:
+        """End a session for good. Durable, and its streams have ended, on return."""
+        ...
+
+    async def sign_out(self, email: str, reason: str, *, tokens: bool = False) -> int:
+        """End all browser sessions of an address, over all shares, and make it prove itself anew; with `tokens`, its
+        bearer tokens end as well. Returns how many sessions ended, on disk and on the wire."""
+        ...
+
+    async def address_of(self, provider: str, subject: str) -> str | None:
+        """Whose address the authenticator `provider` has proven for that subject of its own; None when nobody with it
+        has signed in within 90 days."""
+        ...
+
+    def route(self, path: str, handler: Callable[[Incoming], Answer[Reply]]) -> str:
+        """Have POST requests to `/.guestpass/hooks/NAME/PATH` on the main origin answered by `handler`; returns that
+        URL. Anybody may call: check who it is. Bodies are at most 64 KiB; the deadline is ten seconds. Not with
+        `isolation = "process"`."""
+        ...
+
     def wait(self, promise: Coroutine[Any, Any, T]) -> T:
         """For hooks of a `blocking` plugin, which run in a thread: what a coroutine of this host returns, as in
         `self.host.wait(self.host.storage.get("key"))`. Raises RuntimeError in the event loop."""
@@ -236,6 +263,32 @@ class Client:
                 return str(ip.ipv4_mapped)
             return str(ipaddress.ip_network((ip, 64), strict=False))
         return str(ip)
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A request from another system to a plugin (`Host.route`). `path` is what follows the plugin's name."""
+
+    method: str
+    path: str
+    headers: Sequence[tuple[str, str]]
+    body: bytes
+    client: Client
+
+    def header(self, name: str) -> str | None:
+        """The only field of that name (case-insensitive); None when absent or repeated."""
+        found = [v for k, v in self.headers if k.lower() == name.lower()]
+        return found[0] if len(found) == 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to an `Incoming`."""
+
+    status: int = 204
+    body: bytes = b""
+    content_type: str = "application/json"
+    headers: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True, slots=True)

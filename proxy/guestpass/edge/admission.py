@@ -376,6 +376,9 @@ class Admission(Desk):
                 share.id, identity.email, SessionKind.COOKIE, identity.provider, client, expires
             )
             await self._check(share, session)
+            if not await self._service.proofs.holds(identity.email, identity.proven):
+                raise Unauthorized("Please prove your address again.", code="signed_out")
+            await self._service.proofs.remember(identity)
         except (Forbidden, PluginFailed, ShareEnded, Unauthorized) as exc:
             if session is not None:
                 await self._service.end_session(session.id, exc.error_code)
@@ -472,7 +475,7 @@ def _refusal(revocation: Revocation) -> GuestpassError:
         return PluginFailed("Whether the session may go on is unknown.", error_id=revocation.error_id)
     if reason in ("deleted", "expired"):
         return ShareEnded("This share has ended.")
-    if reason in ("session_ended", "session_expired", "recipient_removed"):
+    if reason in ("session_ended", "session_expired", "recipient_removed", "idle"):
         return Unauthorized("The session is over.", code=reason)
     if reason == "max_sessions":
         return Forbidden(TOO_MANY_VIEWERS, code="max_sessions")

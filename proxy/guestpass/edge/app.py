@@ -40,6 +40,8 @@ from guestpass.edge.console import Console
 from guestpass.edge.events import EventHub
 from guestpass.edge.front import HANDLER_KEEPALIVE, Answered, FastLane, House, bare_lane
 from guestpass.edge.grants import Grant, GrantTable
+from guestpass.edge.incoming import PREFIX as HOOKS_PREFIX
+from guestpass.edge.incoming import IncomingRoutes
 from guestpass.edge.keys import CLIENT, SCHEME, SHARE_ID
 from guestpass.edge.limits import Refusals
 from guestpass.edge.listener import Listener
@@ -235,6 +237,7 @@ class Edge:
             tunnel_bytes=lambda: (self.tunnels.bytes_received, self.tunnels.bytes_sent),
             certificates=self.certificates.expiries,
         )
+        self.incoming = IncomingRoutes(self.origins)
         await self.plugins.start(
             service,
             self.events,
@@ -244,6 +247,7 @@ class Edge:
             secret=_secret_file(state / "plugins.key").encode("ascii"),
             now=self._now,
             count_blocked=lambda plugin: self.metrics.loop_blocked.labels(plugin).inc(),
+            incoming=self.incoming,
         )
         self._cleanups.append(self.plugins.stop)
         await courier.start()
@@ -487,6 +491,7 @@ class Edge:
         app.add_routes(self.admission.main_routes())
         app.add_routes(self.admission.share_routes())
         app.add_routes(self.pages.asset_routes())
+        app.add_routes(self.incoming.web_routes())
         app.add_routes(console.console_routes())
         app.add_routes(api_routes(api))
         app.router.add_get("/.well-known/jwks.json", self._jwks)
@@ -567,7 +572,9 @@ class Edge:
         elif not self.origins.is_main(request.host):
             raise h.BadRequest("no such host here", 421)
         # Of the decoded path, which is what the router looks at.
-        elif request.path.startswith(RESERVED_PREFIX) and not request.path.startswith(ASSETS_PREFIX):
+        elif request.path.startswith(RESERVED_PREFIX) and not request.path.startswith(
+            (ASSETS_PREFIX, HOOKS_PREFIX)
+        ):
             raise web.HTTPNotFound
         return await handler(request)
 

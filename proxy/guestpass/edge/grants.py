@@ -255,8 +255,12 @@ class GrantTable:
         return sum(len(grant.streams) for grant in self._by_digest.values())
 
     def sweep(self) -> int:
-        """Drop grants that were idle for long; returns how many."""
-        limit = self._now() - IDLE_SECONDS
+        """Drop grants that were idle for long; returns how many. What is open counts as use."""
+        now = self._now()
+        limit = now - IDLE_SECONDS
+        for grant in self._by_digest.values():
+            if grant.streams:
+                self.used(grant, now)
         idle = [g for g in self._by_digest.values() if not g.streams and not g.tails and g.last_used < limit]
         for grant in idle:
             self._drop(grant)

@@ -558,6 +558,8 @@ class Isolated(Plugin):
             return await self._invited[args[0]](args[1])
         if name == "emit":
             return host.emit(args[0])
+        if name == "sign_out":
+            return await host.sign_out(args[0], args[1], tokens=args[2])
         if name in ("storage.set", "storage.add"):
             method = storage.set if name == "storage.set" else storage.add
             return await method(args[0], args[1], ttl=args[2])
@@ -569,6 +571,9 @@ class Isolated(Plugin):
             "record": host.record,
             "resolve_token": host.resolve_token,
             "live_sessions": host.live_sessions,
+            "idle_sessions": host.idle_sessions,
+            "end_session": host.end_session,
+            "address_of": host.address_of,
         }
         return await plain[name](*args)
 

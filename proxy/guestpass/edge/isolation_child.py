@@ -33,7 +33,19 @@ from guestpass.edge.plugin_loader import KINDS, build
 from guestpass.edge.threads import Threads
 from guestpass.errors import GuestpassError
 from guestpass.model import Event, Identity, Revocation, Session
-from guestpass.plugin import Authenticator, Denied, Host, Message, NotDelivered, Plugin, SignIn, Storage
+from guestpass.plugin import (
+    Answer,
+    Authenticator,
+    Denied,
+    Host,
+    Incoming,
+    Message,
+    NotDelivered,
+    Plugin,
+    Reply,
+    SignIn,
+    Storage,
+)
 
 T = TypeVar("T")
 
@@ -216,6 +228,21 @@ class _Host:
 
     async def record(self, event: Event) -> None:
         await self._process.ask("record", event)
+
+    async def idle_sessions(self, seconds: float) -> Sequence[Session]:
+        return await self._process.ask("idle_sessions", seconds)  # type: ignore[no-any-return]
+
+    async def end_session(self, session_id: str, reason: str) -> None:
+        await self._process.ask("end_session", session_id, reason)
+
+    async def sign_out(self, email: str, reason: str, *, tokens: bool = False) -> int:
+        return await self._process.ask("sign_out", email, reason, tokens)  # type: ignore[no-any-return]
+
+    async def address_of(self, provider: str, subject: str) -> str | None:
+        return await self._process.ask("address_of", provider, subject)  # type: ignore[no-any-return]
+
+    def route(self, path: str, handler: Callable[[Incoming], Answer[Reply]]) -> str:
+        raise RuntimeError('a plugin with isolation = "process" cannot take requests from outside')
 
     def wait(self, promise: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(promise, self._loop).result()

@@ -43,6 +43,7 @@ import orjson
 from guestpass import tokens
 from guestpass.addresses import canonical
 from guestpass.config import EdgeConfig, PluginSection
+from guestpass.edge.incoming import IncomingRoutes
 from guestpass.edge.isolation import Isolated, isolated
 from guestpass.edge.plugin_loader import (
     KINDS,
@@ -69,6 +70,7 @@ from guestpass.errors import (
 )
 from guestpass.model import Candidate, Event, Identity, Revocation, Session, SessionKind, Share
 from guestpass.plugin import (
+    Answer,
     Authenticator,
     BackendChooser,
     Choice,
@@ -76,12 +78,14 @@ from guestpass.plugin import (
     Edits,
     Form,
     Host,
+    Incoming,
     Message,
     NotDelivered,
     Notifier,
     Observer,
     Plugin,
     Redirect,
+    Reply,
     RequestContext,
     RequestFilter,
     Revoker,
@@ -383,6 +387,7 @@ class _Edge:
     notify: Callable[[Message], Awaitable[object]]
     now: Callable[[], float]
     secret: bytes
+    incoming: IncomingRoutes = dataclasses.field(default_factory=IncomingRoutes)
 
 
 class _Host:
@@ -460,7 +465,23 @@ class _Host:
     async def record(self, event: Event) -> None:
         await self._edge.service.record(event)
 
+    async def idle_sessions(self, seconds: float) -> Sequence[Session]:
+        return await self._edge.service.idle_sessions(self.now() - seconds)
+
+    async def end_session(self, session_id: str, reason: str) -> None:
+        await self._edge.service.end_session(session_id, reason)
+
+    async def sign_out(self, email: str, reason: str, *, tokens: bool = False) -> int:
+        return await self._edge.service.sign_out(canonical(email), reason, tokens=tokens)
+
+    async def address_of(self, provider: str, subject: str) -> str | None:
+        return await self._edge.service.proofs.address_of(provider, subject)
+
+    def route(self, path: str, handler: Callable[[Incoming], Answer[Reply]]) -> str:
+        return self._edge.incoming.add(self._owner, self, path, handler)
+
     async def close(self) -> None:
+        self._edge.incoming.remove(self)
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -604,6 +625,7 @@ class PluginSet:
         secret: bytes | None = None,
         now: Callable[[], float] = time.time,
         count_blocked: Callable[[str], object] = lambda plugin: None,
+        incoming: IncomingRoutes | None = None,
     ) -> None:
         """Start every plugin in the order of the configuration.
 
@@ -611,13 +633,15 @@ class PluginSet:
         drops every grant (the reason is given) when a watch stays broken; `secret` seeds the keys of
         `Host.derive_key` and should be the same after a restart (None: fresh for this process); `count_blocked`
         is told, in a thread, which plugin blocks the loop ("-": none does). Raises PluginError when one of
-        them refuses.
+        them refuses. `incoming` is where plugins register what they answer to other systems.
         """
         self._now = now
         self._fail_closed = fail_closed
         self._count_blocked = count_blocked
         self._revoke_now = revoke
-        self._edge = edge = _Edge(service, events, notify, now, secret or secrets.token_bytes(32))
+        self._edge = edge = _Edge(
+            service, events, notify, now, secret or secrets.token_bytes(32), incoming or IncomingRoutes()
+        )
         await self._start_all(edge, revoke)
         self._watchdog = Watchdog(self._owner_of, self._loop_blocked)
         self._watchdog.start()

@@ -53,6 +53,7 @@ from guestpass.shares import rules
 from guestpass.shares.bus import Bus
 from guestpass.shares.invitation import invitation
 from guestpass.shares.pages import DEFAULT_LIMIT, Page, check_limit, from_cursor, to_cursor
+from guestpass.shares.proofs import Proofs
 from guestpass.shares.storage import PluginStorage, encode
 from guestpass.shares.store import Store, audit, entries, gateways, mail, sessions, shares
 from guestpass.shares.store.journal import limits_of
@@ -80,6 +81,9 @@ MAX_HANDOVER_SECONDS = 60.0
 
 # When sessions and gateways were last seen is written this often, all together.
 SEEN_SECONDS = 60.0
+
+# Idle sessions that are looked at together.
+MAX_IDLE = 1000
 
 # Sessions and used join tokens stay in the owner's lists this long after their end.
 KEPT_SECONDS = 30 * 86400.0
@@ -170,6 +174,7 @@ class ShareService:
         self._gateways_seen: dict[tuple[str, str], float] = {}
         self._seen_timer: asyncio.TimerHandle | None = None
         self._swept = 0.0
+        self.proofs = Proofs(self.storage("/proofs"), now)
 
     async def close(self) -> None:
         """Finish what is under way and write what is held back. Before the store is closed."""
@@ -574,6 +579,23 @@ class ShareService:
             return revoked
 
         return await self._timed(self._unstoppable(end()))
+
+    async def idle_sessions(self, before: float) -> builtins.list[Session]:
+        """Live sessions that were last used before, the longest ago first; at most MAX_IDLE."""
+        now = self._now()
+        found = await self._store.read(lambda db: sessions.idle(db, now, before, MAX_IDLE))
+        return [session for session in map(self._as_seen, found) if session.last_seen < before]
+
+    async def sign_out(self, email: str, reason: str, *, tokens: bool = False) -> int:
+        """End all browser sessions of a canonical address and void its proofs; with `tokens`, its bearer tokens too.
+        Returns how many sessions ended."""
+        await self.proofs.void(email)
+        now = self._now()
+        found = await self._store.read(lambda db: sessions.of_address(db, now, email))
+        mine = [s for s in found if tokens or s.kind is SessionKind.COOKIE]
+        for session in mine:
+            await self.end_session(session.id, reason)
+        return len(mine)
 
     def touch(self, session_id: str, at: float) -> None:
         """The session was used. Written with all others every SEEN_SECONDS; lists know it at once."""

@@ -56,6 +56,18 @@ def page(
     return [to_session(row) for row in db.execute(query)]
 
 
+def idle(db: Connection, now: float, before: float, limit: int) -> list[Session]:
+    """Live ones that were last seen before, the longest ago first."""
+    query = sa.select(sessions).where(_live(now), sessions.c.last_seen < before)
+    return [to_session(row) for row in db.execute(query.order_by(sessions.c.last_seen).limit(limit))]
+
+
+def of_address(db: Connection, now: float, email: str) -> list[Session]:
+    """Live ones of all shares."""
+    query = sa.select(sessions).where(_live(now), sessions.c.email == email)
+    return [to_session(row) for row in db.execute(query)]
+
+
 def end(
     db: Connection,
     now: float,
