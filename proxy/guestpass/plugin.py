@@ -71,6 +71,7 @@ __all__ = [
     "SignIn",
     "Step",
     "Storage",
+    "Unproven",
     "canonical_address",
 ]
 
@@ -286,7 +287,16 @@ class Redirect:
     state: Mapping[str, Any] = field(default_factory=dict)
 
 
-Step = Form | Redirect | Identity
+@dataclass(frozen=True, slots=True)
+class Unproven:
+    """A provider knows the visitor under this address, but does not prove it. The edge has the visitor prove it, by an
+    authenticator that can (`Authenticator.prove`); only then they are signed in, as by the one that answered this."""
+
+    email: str
+    subject: str = ""  # the provider's own stable id of the person
+
+
+Step = Form | Redirect | Identity | Unproven
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +328,8 @@ class Authenticator(Plugin):
     kind = "authenticator"
     interactive: ClassVar[bool] = True
     label: str = ""
+    needs_proof: bool = False
+    """Whether all that it answers is Unproven: then another one has to be there that proves addresses."""
 
     async def begin(self, sign_in: SignIn) -> Step:
         """The visitor chose this way. Raises Denied."""
@@ -326,6 +338,11 @@ class Authenticator(Plugin):
     async def complete(self, sign_in: SignIn, params: Mapping[str, str]) -> Step:
         """What the visitor typed, or the parameters of the callback. Raises Denied."""
         raise Denied("This way of signing in is not interactive.")
+
+    async def prove(self, sign_in: SignIn, email: str) -> Step:
+        """Have the visitor prove this very address, which another authenticator left Unproven; then as after `begin`.
+        Raises Denied. The first authenticator that has this hook is asked."""
+        raise Denied("This way of signing in does not prove a given address.")
 
     async def identify(self, request: RequestContext) -> Identity | None:
         """Credentials in the request itself; None to abstain. Raises Denied."""

@@ -22,9 +22,7 @@ import pytest
 
 LONG = os.environ.get("GUESTPASS_LONG") == "1"
 
-long_only = pytest.mark.skipif(
-    not LONG, reason="takes long: GUESTPASS_LONG=1, as in the suite's make target"
-)
+long_only = pytest.mark.skipif(not LONG, reason="takes long: GUESTPASS_LONG=1, as in the suite's make target")
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,17 +87,24 @@ class EmailCode(Authenticator):
     async def begin(self, sign_in: SignIn) -> Step:
         return self._ask_address()
 
+    async def prove(self, sign_in: SignIn, email: str) -> Step:
+        if not await self._may_ask(sign_in, email):
+            return self._ask_code(email, TOO_MANY_CODES, given=True)
+        self._send_code(sign_in, email)
+        return self._ask_code(email, given=True)
+
     async def complete(self, sign_in: SignIn, params: Mapping[str, str]) -> Step:
         email = sign_in.state.get("email")
+        given = sign_in.state.get("given") is True
         action = params.get("action", "")
         if not isinstance(email, str):
             return await self._take_address(sign_in, params.get("email", ""))
-        if action == "other":
+        if action == "other" and not given:
             await self.host.storage.delete(f"code:{sign_in.flow_id}")
             return self._ask_address()
         if action == "resend":
-            return await self._send_again(sign_in, email)
-        return await self._take_code(sign_in, email, params.get("code", ""))
+            return await self._send_again(sign_in, email, given)
+        return await self._take_code(sign_in, email, params.get("code", ""), given)
 
     # ── the address ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -111,11 +118,11 @@ class EmailCode(Authenticator):
         self._send_code(sign_in, email)
         return self._ask_code(email)
 
-    async def _send_again(self, sign_in: SignIn, email: str) -> Step:
+    async def _send_again(self, sign_in: SignIn, email: str, given: bool) -> Step:
         if not await self._may_ask(sign_in, email):
-            return self._ask_code(email, TOO_MANY_CODES)  # the code that is out stays good
+            return self._ask_code(email, TOO_MANY_CODES, given=given)  # the code that is out stays good
         self._send_code(sign_in, email)
-        return self._ask_code(email, again=True)
+        return self._ask_code(email, again=True, given=given)
 
     async def _may_ask(self, sign_in: SignIn, email: str) -> bool:
         """Count a request for a code; the same for every address."""
@@ -153,10 +160,11 @@ class EmailCode(Authenticator):
             return
         await self.host.notify(_mail(email, code, sign_in, expires))
 
-    async def _take_code(self, sign_in: SignIn, email: str, typed: str) -> Step:
+    async def _take_code(self, sign_in: SignIn, email: str, typed: str, given: bool) -> Step:
         code = SEPARATORS.sub("", unicodedata.normalize("NFKC", typed))
         if not (len(code) == CODE_DIGITS and code.isascii() and code.isdigit()):
-            return self._ask_code(email, f"The code has {CODE_DIGITS} digits. Type or paste all of them.")
+            error = f"The code has {CODE_DIGITS} digits. Type or paste all of them."
+            return self._ask_code(email, error, given=given)
         key = f"code:{sign_in.flow_id}"
         tries = await self.host.storage.add(f"tries:{sign_in.flow_id}", ttl=TRIES_SECONDS)
         if tries > MAX_TRIES:
@@ -168,7 +176,8 @@ class EmailCode(Authenticator):
             await self.host.storage.delete(key)
             raise Denied(START_AGAIN)
         left = MAX_TRIES - tries
-        return self._ask_code(email, f"{WRONG_CODE} You have {left} {'try' if left == 1 else 'tries'} left.")
+        error = f"{WRONG_CODE} You have {left} {'try' if left == 1 else 'tries'} left."
+        return self._ask_code(email, error, given=given)
 
     async def _is_right(self, key: str, hashed: str) -> bool:
         live = await self.host.storage.get(key)
@@ -194,7 +203,9 @@ class EmailCode(Authenticator):
             error=error,
         )
 
-    def _ask_code(self, email: str, error: str = "", *, again: bool = False) -> Form:
+    def _ask_code(self, email: str, error: str = "", *, again: bool = False, given: bool = False) -> Form:
+        """`given`: the address comes from a provider and cannot be exchanged for another one."""
+        other = () if given else (Action("other", "Use another address"),)
         intro = f"If this address is invited, a {'new ' if again else ''}code is on its way to {email}."
         return Form(
             title="Enter the code",
@@ -210,8 +221,8 @@ class EmailCode(Authenticator):
             ),
             submit="Continue",
             error=error,
-            actions=(Action("resend", "Send a new code"), Action("other", "Use another address")),
-            state={"email": email},
+            actions=(Action("resend", "Send a new code"), *other),
+            state={"email": email, "given": given},
         )
 
 

@@ -329,6 +329,8 @@ class Admission(Desk):
 
     async def _open(self, request: web.Request, share: Share, identity: Identity, path: str) -> web.Response:
         """The second half: a session for this browser."""
+        if not share.takes(identity.provider):
+            return self._not_taken(identity, share)
         recipient = share.recipient(identity.email)
         if recipient is None:
             return self._not_invited(identity, share)
