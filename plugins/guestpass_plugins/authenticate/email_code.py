@@ -222,7 +222,7 @@ class EmailCode(Authenticator):
             submit="Continue",
             error=error,
             actions=(Action("resend", "Send a new code"), *other),
-            state={"email": email, "given": given},
+            state={"email": email, "given": True} if given else {"email": email},
         )
 
 

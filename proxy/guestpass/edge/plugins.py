@@ -442,12 +442,12 @@ class PluginSet:
                 f"{config.file}: [[authenticate]]: no way to sign in is left for visitors",
                 hint='Add [[authenticate]] with use = "email-code".',
             )
-        if needy := [p for p in plugins["authenticate"] if isinstance(p, Authenticator) and p.needs_proof]:
-            if not any(_proves(p) for p in plugins["authenticate"]):
-                raise ConfigError(
-                    f'{config.file}: [[authenticate]] "{needy[0].name}" proves no address, and there is nothing that does',
-                    hint='Add [[authenticate]] with use = "email-code".',
-                )
+        needy = [p for p in plugins["authenticate"] if isinstance(p, Authenticator) and p.needs_proof]
+        if needy and not any(_proves(p) for p in plugins["authenticate"]):
+            raise ConfigError(
+                f'{config.file}: [[authenticate]] "{needy[0].name}" proves no address, and nothing else does',
+                hint='Add [[authenticate]] with use = "email-code".',
+            )
         return cls(plugins, observe_hook=observe_hook)
 
     # ── lifecycle ───────────────────────────────────────────────────────────────────────────────────────────

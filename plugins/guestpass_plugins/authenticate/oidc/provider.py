@@ -55,6 +55,11 @@ ALGORITHMS: Mapping[str, tuple[str, str]] = {
     "ES512": ("EC", "P-521"),
     "EdDSA": ("OKP", "Ed25519"),
 }
+FROM_JWK: Mapping[str, Callable[[dict[str, Any]], object]] = {
+    "RSA": RSAAlgorithm.from_jwk,
+    "EC": ECAlgorithm.from_jwk,
+    "OKP": OKPAlgorithm.from_jwk,
+}
 # Parts of private and symmetric keys (RFC 7518 §6.2.2, §6.3.2, §6.4).
 PRIVATE_PARTS = frozenset(("d", "p", "q", "dp", "dq", "qi", "oth", "k"))
 
@@ -128,7 +133,7 @@ def _key(entry: object, algorithm: str) -> Key | None:
     if not isinstance(kid, str | None) or not isinstance(issuer, str | None):
         return None
     try:
-        public = {"RSA": RSAAlgorithm, "EC": ECAlgorithm, "OKP": OKPAlgorithm}[kty].from_jwk(entry)
+        public = FROM_JWK[kty](entry)
     except (PyJWTError, ValueError, TypeError, KeyError):
         return None
     if isinstance(public, rsa.RSAPublicKey) and public.key_size not in RSA_BITS:
