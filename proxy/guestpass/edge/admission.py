@@ -456,7 +456,7 @@ def _refusal(revocation: Revocation) -> GuestpassError:
         return PluginFailed("Whether the session may go on is unknown.", error_id=revocation.error_id)
     if reason in ("deleted", "expired"):
         return ShareEnded("This share has ended.")
-    if reason in ("session_ended", "session_expired", "recipient_removed"):
+    if reason in ("session_ended", "session_expired", "recipient_removed", "sign_in_not_taken"):
         return Unauthorized("The session is over.", code=reason)
     if reason == "max_sessions":
         return Forbidden(TOO_MANY_VIEWERS, code="max_sessions")

@@ -28,7 +28,7 @@ FLOWS_WINDOW = 600.0
 
 OUTCOMES = frozenset(
     ("admitted", "denied", "failed", "not_invited", "deleted", "expired", "recipient_removed")
-    + ("session_ended", "session_expired", "max_sessions", "plugin_failed")
+    + ("session_ended", "session_expired", "max_sessions", "sign_in_not_taken", "plugin_failed")
 )
 
 START_PATH = "/.guestpass/start"

@@ -1,4 +1,4 @@
-"""What a provider sends, taken in strictly: JSON without surprises, in bounded size and time, from where it was asked for.
+"""What a provider sends, taken in strictly: JSON without surprises, in bounded size and time, from where it was asked.
 
 A document that two parsers could read in two ways is refused: keys that come twice, bytes that are not UTF-8, numbers
 that are not JSON. Redirects are not followed: a token endpoint that sends the client's secret elsewhere is none.
