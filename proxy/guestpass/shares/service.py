@@ -258,7 +258,8 @@ class ShareService:
     ) -> UpdatedShare:
         """Change what is given. Who is removed is cut off at once; a change that takes something away (an earlier
         expiry, another scope, fewer sessions or ways to sign in) cuts off everybody, and who may still enter is let in
-        again by what holds now. An expired share can be prolonged, a deleted one not. Adding who is there already does nothing.
+        again by what holds now. An expired share can be prolonged, a deleted one not. Adding who is there already does
+        nothing.
 
         Raises ShareNotFound, ShareEnded (deleted), Invalid, InvalidEmail, NotFound (who is to be removed).
         """
