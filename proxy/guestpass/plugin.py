@@ -56,6 +56,7 @@ __all__ = [
     "NotDelivered",
     "Notifier",
     "Observer",
+    "Passkey",
     "Plugin",
     "PluginConfig",
     "Redirect",
@@ -265,6 +266,18 @@ class Action:
 
 
 @dataclass(frozen=True, slots=True)
+class Passkey:
+    """A passkey (WebAuthn) that a `Form` offers besides its fields, where the browser can. `kind` is "create" or "get";
+    `options` are those of `navigator.credentials`, binary values in base64url, and the browser's answer arrives as the
+    parameter `credential`, JSON that the plugin verifies. "probe" shows nothing: the parameter `passkeys` is then "1"
+    where the browser could make one."""
+
+    kind: str
+    label: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Form:
     """Ask the visitor. The edge renders it, adds CSRF protection, and calls `complete` with what was typed.
     `state` (JSON, ≤ 4 KiB) is kept on the server until then and arrives as `SignIn.state`."""
@@ -275,6 +288,7 @@ class Form:
     submit: str = "Continue"
     error: str = ""
     actions: Sequence[Action] = ()
+    passkey: Passkey | None = None
     state: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -1,9 +1,9 @@
 """Thousands of texts that look like somebody's address, or that some program reads as it: none is taken for it.
 
 Two texts *match* when both are accepted and have the same canonical form. By definition that is so for the ASCII case
-of the whole address (the local part too: no mail system in use tells `Alice` from `alice`), for white space around it, and
-for the two spellings of an IDNA domain. For nothing else: not for dots or tags in the local part, which are one mailbox
-at some providers and two at others.
+of the whole address (the local part too: no mail system in use tells `Alice` from `alice`), for white space around it,
+and for the two spellings of an IDNA domain. For nothing else: not for dots or tags in the local part, which are one
+mailbox at some providers and two at others.
 """
 
 from __future__ import annotations

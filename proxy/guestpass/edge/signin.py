@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
 from aiohttp import web
 
 from guestpass import tokens
@@ -39,7 +40,7 @@ from guestpass.edge.desk import FINISH_PATH, FLOW_SECONDS, FLOWS_WINDOW, START_P
 from guestpass.edge.keys import CLIENT
 from guestpass.errors import NotFound, PluginFailed, ShareEnded, ShareNotFound
 from guestpass.model import Event, Identity, Share
-from guestpass.plugin import Action, Denied, Field, Form, SignIn, Step, Unproven
+from guestpass.plugin import Action, Denied, Field, Form, Passkey, SignIn, Step, Unproven
 
 # A redirect between two origins takes a moment; architecture.md allows no more.
 HANDOVER_SECONDS = 60.0
@@ -125,7 +126,8 @@ class _Flow:
 def _form_from(data: Mapping[str, Any]) -> Form:
     fields = tuple(Field(**field) for field in data["fields"])
     actions = tuple(Action(**action) for action in data["actions"])
-    return Form(**{**data, "fields": fields, "actions": actions})
+    passkey = Passkey(**data["passkey"]) if data.get("passkey") else None
+    return Form(**{**data, "fields": fields, "actions": actions, "passkey": passkey})
 
 
 class SignInPages(Desk):
@@ -557,7 +559,9 @@ class SignInPages(Desk):
         response = self._pages.render(
             "form.html",
             leads_elsewhere=True,
+            scripts=form.passkey is not None,
             form=form,
+            passkey_options=orjson.dumps(form.passkey.options).decode() if form.passkey else "",
             action=f"/signin/{flow.id}/{name}",
             csrf=csrf_token(flow.browser, flow.id),
             back=f"/signin/{flow.id}" if several else "",
