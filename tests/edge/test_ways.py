@@ -96,6 +96,17 @@ async def test_one_way_is_begun_at_once(edge: People) -> None:
     assert "Prove your email address" in page.words
 
 
+@pytest.mark.parametrize("ahead", [{"method": "HEAD"}, {"Sec-Purpose": "prefetch"}, {"Purpose": "prerender"}])
+async def test_looking_ahead_begins_nothing(edge: People, ahead: dict[str, str]) -> None:
+    """A proxy that fetches what the visitor is about to open does not get their sign-in."""
+    share, _ = await edge.share(ALICE, sign_in=("away",))
+    flow = (await edge.browser().get(edge.origins.share_origin(share.id) + "/")).location
+    for url in (flow, f"{flow}/away"):
+        assert (await edge.browser().get(url, **ahead)).status == 503
+    leaves = await edge.browser().get(flow)
+    assert leaves.location.startswith("https://idp.example/")
+
+
 async def test_what_is_not_taken_cannot_be_posted_either(edge: People) -> None:
     """The token of another form of the same flow is good for it; the share is not."""
     share, _ = await edge.share(ALICE, sign_in=("away", "email-code"))

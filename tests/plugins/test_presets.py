@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -61,7 +62,7 @@ async def edge_with(folder: Path, **settings: Any) -> AsyncIterator[People]:
 
 
 async def sign_in(
-    edge: People, provider: Hostile, *, iss: bool = True, code: bool = False
+    edge: People, provider: Hostile, *, iss: bool | str = True, code: bool = False
 ) -> tuple[Mapping[str, str], Answer, list[Session]]:
     """What the provider was asked, the page that the visitor ends at, the sessions that there are."""
     share, _ = await edge.share(EMAIL)
@@ -70,7 +71,11 @@ async def sign_in(
     leaves = await browser.get(f"{page.url}/idp")
     asked = {k: v[0] for k, v in parse_qs(urlsplit(leaves.location).query).items()}
     provider.nonce = asked.get("nonce", "")
-    params = {"code": "c0de", "state": asked["state"], **({"iss": provider.issuer} if iss else {})}
+    params = {
+        "code": "c0de",
+        "state": asked["state"],
+        **({"iss": provider.issuer if iss is True else iss} if iss else {}),
+    }
     page = await browser.follow(await browser.get(f"{edge.main}/callback/idp?{urlencode(params)}"))
     if code:
         assert "Enter the code" in page.words, page.words
@@ -98,6 +103,16 @@ async def test_microsoft_with_a_verified_domain(tmp_path: Path, provider: Hostil
     async with edge_with(tmp_path, preset="microsoft", tenant=TENANT) as edge:
         _, _, sessions = await sign_in(edge, provider, iss=False)
         assert len(sessions) == 1
+
+
+@pytest.mark.parametrize(
+    ("iss", "is_in"), [(f"{TENANT}/v2.0", True), (f"{FOREIGN}/../x", False), ("x", False)]
+)
+async def test_microsoft_names_itself(tmp_path: Path, provider: Hostile, iss: str, is_in: bool) -> None:
+    microsoft(provider, TENANT)
+    async with edge_with(tmp_path, preset="microsoft", tenant="common") as edge:
+        _, _, sessions = await sign_in(edge, provider, iss=f"{provider.issuer}/{iss}")
+        assert bool(sessions) is is_in
 
 
 @pytest.mark.parametrize("edov", [None, False, "1", 1, "true"])
@@ -153,14 +168,10 @@ async def test_microsoft_keys_belong_to_tenants(
 
 
 async def test_linkedin_returns_no_nonce(tmp_path: Path, provider: Hostile) -> None:
-    provider.claims["nonce"] = None
-    provider.claims.pop("nonce")
-    provider.raw_claims = None
+    provider.raw_claims = json.dumps(provider.claims)
     async with edge_with(tmp_path, preset="linkedin") as edge:
-        import json
-
-        provider.raw_claims = json.dumps(provider.claims)
         asked, page, sessions = await sign_in(edge, provider)
+        assert provider.forms[0]["client_secret"] == SECRET
         assert "code_challenge" not in asked
         assert sessions, page.words
 

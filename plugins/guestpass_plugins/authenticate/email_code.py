@@ -273,7 +273,8 @@ class EmailCode(Authenticator):
     def _ask_code(self, email: str, error: str = "", *, again: bool = False, given: bool = False) -> Form:
         """`given`: the address comes from a provider and cannot be exchanged for another one."""
         other = () if given else (Action("other", "Use another address"),)
-        intro = f"If this address is invited, a {'new ' if again else ''}code is on its way to {email}."
+        why = "That account does not prove that its address is yours, so one more step. " if given else ""
+        intro = f"{why}If this address is invited, a {'new ' if again else ''}code is on its way to {email}."
         return Form(
             title="Enter the code",
             intro=f"{intro} It can take a minute; look in the spam folder too.",

@@ -30,6 +30,7 @@ from guestpass.edge.browser import (
     FormRefused,
     csrf_token,
     drop_cookie,
+    is_speculative,
     own_cookie,
     posted,
     redirect,
@@ -40,7 +41,7 @@ from guestpass.edge.desk import FINISH_PATH, FLOW_SECONDS, FLOWS_WINDOW, START_P
 from guestpass.edge.keys import CLIENT
 from guestpass.errors import NotFound, PluginFailed, ShareEnded, ShareNotFound
 from guestpass.model import Event, Identity, Share
-from guestpass.plugin import Action, Denied, Field, Form, Passkey, SignIn, Step, Unproven
+from guestpass.plugin import Action, Authenticator, Denied, Field, Form, Passkey, SignIn, Step, Unproven
 
 # A redirect between two origins takes a moment; architecture.md allows no more.
 HANDOVER_SECONDS = 60.0
@@ -192,11 +193,10 @@ class SignInPages(Desk):
         flow = await self._flow(request)
         if isinstance(flow, web.Response):
             return flow
-        share = None if flow.share_id is None else await self._active(flow.share_id)
         known = await self._known(request)
-        if known is not None and share is not None and not share.takes(known.provider):
+        if known is not None and not await self._takes(flow, known.provider):
             known = None
-        ways = [way for way in self._plugins.interactive if share is None or share.takes(way.name)]
+        ways = await self._ways(flow)
         if not ways:
             return self._no_way(flow)
         if known is None and len(ways) == 1:
@@ -242,7 +242,7 @@ class SignInPages(Desk):
     async def _show(self, request: web.Request, flow: _Flow, name: str) -> web.Response:
         """The form at which the visitor is, or the first one."""
         if flow.is_bound and flow.authenticator == name and flow.form is not None:
-            return self._form(request, flow, name, flow.form)
+            return await self._form(request, flow, name, flow.form)
         if not await self._takes(flow, name):
             return self._pages.error(404, request=request)
         flow.claim = None
@@ -252,8 +252,11 @@ class SignInPages(Desk):
             return self._pages.error(404, request=request)
         except (Denied, PluginFailed) as exc:
             return await self._denied(request, flow, name, exc)
+        if is_speculative(request) and not isinstance(step, Form):
+            # Going on would give the flow to this browser, which only looks ahead.
+            return self._pages.error(503, request=request)
         if isinstance(step, Form) and not step.state:
-            return self._form(request, flow, name, step)  # nothing to remember yet
+            return await self._form(request, flow, name, step)  # nothing to remember yet
         return await self._next(request, flow, name, step)
 
     async def _sign_in_posted(self, request: web.Request) -> web.StreamResponse:
@@ -336,6 +339,11 @@ class SignInPages(Desk):
         except (Denied, PluginFailed) as exc:
             return await self._denied(request, flow, prover, exc)
         return await self._next(request, flow, prover, step)
+
+    async def _ways(self, flow: _Flow) -> list[Authenticator]:
+        """Among which the visitor can choose. Raises ShareEnded, ShareNotFound."""
+        share = None if flow.share_id is None else await self._active(flow.share_id)
+        return [way for way in self._plugins.interactive if share is None or share.takes(way.name)]
 
     async def _takes(self, flow: _Flow, name: str) -> bool:
         """Whether the share may be opened by this way of signing in. Raises ShareEnded, ShareNotFound."""
@@ -554,8 +562,8 @@ class SignInPages(Desk):
             set_cookie(response, FLOW_COOKIE, flow.browser, FLOW_SECONDS * 2)
         return response
 
-    def _form(self, request: web.Request, flow: _Flow, name: str, form: Form) -> web.Response:
-        several = len(self._plugins.interactive) > 1
+    async def _form(self, request: web.Request, flow: _Flow, name: str, form: Form) -> web.Response:
+        several = len(await self._ways(flow)) > 1
         response = self._pages.render(
             "form.html",
             leads_elsewhere=True,

@@ -30,6 +30,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import re
 import secrets
 import ssl
 from collections.abc import Mapping
@@ -238,11 +239,11 @@ class Oidc(Authenticator):
         return await self._from_id_token(answer, sign_in)
 
     def _check_issuer(self, endpoints: Metadata, given: str | None) -> None:
-        """RFC 9207 §2.4."""
+        """RFC 9207 §2.4. Where the issuer depends on the tenant, any tenant's will do: the ID token names it again."""
         if given is None:
             if endpoints.names_itself:
                 raise ProviderFault("the answer does not say which provider it is from (iss)")
-        elif given != endpoints.issuer:
+        elif not re.fullmatch(re.escape(endpoints.issuer).replace(r"\{tenantid\}", GUID.pattern), given):
             raise ProviderFault(f"the answer is from another provider: iss is {quoted(given)}")
 
     async def _redeem(self, endpoints: Metadata, sign_in: SignIn, code: str) -> Mapping[str, Any]:
@@ -289,6 +290,8 @@ class Oidc(Authenticator):
             return str(self.config.token_auth)
         if self.config.client_secret is None:
             return "none"
+        if self._preset.token_auth is not None:
+            return self._preset.token_auth
         for method in ("client_secret_basic", "client_secret_post"):
             if method in endpoints.token_auth:
                 return method

@@ -36,6 +36,7 @@ class Preset:
     proof: str = "email_verified"
     """The claim that, beside `email` in the same ID token, says `true` when the provider verified the address. Empty:
     there is none, and the address has to be proven by a code as well."""
+    token_auth: str | None = None  # None: what the discovery document names
     nonce: bool = True  # whether its ID tokens carry the nonce that was asked for
     pkce: bool = True
     tenants: bool = False  # Microsoft's rules: the issuer depends on the tenant
@@ -64,6 +65,7 @@ PRESETS: Mapping[str, Preset] = {
         label="Continue with LinkedIn",
         issuer="https://www.linkedin.com/oauth",
         scopes=("openid", "profile", "email"),
+        token_auth="client_secret_post",
         nonce=False,
         pkce=False,
     ),
