@@ -23,6 +23,9 @@ from guestpass.config import (
 )
 from guestpass.edge.metrics import Metrics
 from guestpass.edge.plugins import KINDS, PluginSet, load_available
+from guestpass_plugins.authenticate.email_code import EmailCode
+from guestpass_plugins.authenticate.oidc import Oidc
+from guestpass_plugins.authenticate.oidc.presets import PRESETS
 
 DOCS = Path(__file__).parent.parent / "docs"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -148,3 +151,28 @@ def test_every_metric_is_documented() -> None:
         if family.name.startswith("guestpass_"):
             suffix = "_total" if family.type == "counter" else ""
             assert f"`{family.name}{suffix}" in page, family.name
+
+
+def test_the_ways_of_signing_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every setting stands in a table; every example is one that an edge takes."""
+    page = text("signing-in.md")
+    for heading, model in (("Email codes", EmailCode.Config), ("Providers", Oidc.Config)):
+        documented = {name for cell in re.findall(r"^\| (`.*?) \|", section(page, heading), re.MULTILINE)
+                      for name in re.findall(r"`([a-z_]+)`", cell)}  # fmt: skip
+        assert documented == keys(model), heading
+    for preset in PRESETS:
+        assert f"`{preset}`" in section(page, "Providers"), preset
+    examples = [code for language, code in FENCE.findall(page) if language == "toml"]
+    for name in re.findall(r'env = "(\w+)"', page):
+        monkeypatch.setenv(name, "secret")
+    for name in re.findall(r'file = "([\w.]+)"', page):
+        (tmp_path / name).write_text("secret")
+        (tmp_path / name).chmod(0o600)
+    head = {"edge": {"public_url": "http://localhost:8080", "share_domain": "localhost:8080"}}
+    for example in examples:
+        settings = tomllib.loads(example)
+        if "amazon" in example:
+            settings["authenticate"].append({"use": "email-code"})
+        config = parse(EdgeConfig, {**head, **settings}, tmp_path / "edge.toml")
+        assert PluginSet.load(config).interactive
+    assert len(examples) == 8

@@ -71,6 +71,11 @@ class Share:
     max_sessions: int | None
     deleted: float | None = None
     recipients: tuple[Recipient, ...] = ()
+    sign_in: tuple[str, ...] = ()  # names of the authenticators that it takes; empty: all that there are
+
+    def takes(self, authenticator: str) -> bool:
+        """Whether one may sign in to this share by this authenticator."""
+        return not self.sign_in or authenticator in self.sign_in
 
     def state(self, now: float) -> ShareState:
         if self.deleted is not None:

@@ -64,6 +64,7 @@ __all__ = [
     "NotDelivered",
     "Notifier",
     "Observer",
+    "Passkey",
     "Plugin",
     "PluginConfig",
     "Rate",
@@ -82,6 +83,7 @@ __all__ = [
     "Static",
     "Step",
     "Storage",
+    "Unproven",
     "canonical_address",
     "parse_scope",
     "settled",
@@ -351,6 +353,18 @@ class Action:
 
 
 @dataclass(frozen=True, slots=True)
+class Passkey:
+    """A passkey (WebAuthn) that a `Form` offers besides its fields, where the browser can. `kind` is "create" or "get";
+    `options` are those of `navigator.credentials`, binary values in base64url, and the browser's answer arrives as the
+    parameter `credential`, JSON that the plugin verifies. "probe" shows nothing: the parameter `passkeys` is then "1"
+    where the browser could make one."""
+
+    kind: str
+    label: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Form:
     """Ask the visitor. The edge renders it, adds CSRF protection, and calls `complete` with what was typed.
     `state` (JSON, ≤ 4 KiB) is kept on the server until then and arrives as `SignIn.state`."""
@@ -361,6 +375,7 @@ class Form:
     submit: str = "Continue"
     error: str = ""
     actions: Sequence[Action] = ()
+    passkey: Passkey | None = None
     state: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -373,7 +388,16 @@ class Redirect:
     state: Mapping[str, Any] = field(default_factory=dict)
 
 
-Step = Form | Redirect | Identity
+@dataclass(frozen=True, slots=True)
+class Unproven:
+    """A provider knows the visitor under this address, but does not prove it. The edge has the visitor prove it, by an
+    authenticator that can (`Authenticator.prove`); only then they are signed in, as by the one that answered this."""
+
+    email: str
+    subject: str = ""  # the provider's own stable id of the person
+
+
+Step = Form | Redirect | Identity | Unproven
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,6 +429,8 @@ class Authenticator(Plugin):
     kind = "authenticator"
     interactive: ClassVar[bool] = True
     label: str = ""
+    needs_proof: bool = False
+    """Whether all that it answers is Unproven: then another one has to be there that proves addresses."""
 
     def begin(self, sign_in: SignIn) -> Answer[Step]:
         """The visitor chose this way. Raises Denied."""
@@ -413,6 +439,11 @@ class Authenticator(Plugin):
     def complete(self, sign_in: SignIn, params: Mapping[str, str]) -> Answer[Step]:
         """What the visitor typed, or the parameters of the callback. Raises Denied."""
         raise Denied("This way of signing in is not interactive.")
+
+    def prove(self, sign_in: SignIn, email: str) -> Answer[Step]:
+        """Have the visitor prove this very address, which another authenticator left Unproven; then as after `begin`.
+        Raises Denied. The first authenticator that has this hook is asked."""
+        raise Denied("This way of signing in does not prove a given address.")
 
     def identify(self, request: RequestContext) -> Answer[Identity | None]:
         """Credentials in the request itself; None to abstain. Raises Denied."""

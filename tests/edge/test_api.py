@@ -354,6 +354,7 @@ async def test_create_and_read(s: Served) -> None:
         "created": "2026-08-01T12:00:00.000Z",
         "expires": "2026-08-08T12:00:00.000Z",
         "max_sessions": 2,
+        "sign_in": [],
         "state": "active",
         "origin": f"https://{share.id}.share.example.com",
         "recipients": [

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from support.people import ALICE, CODE, MALLORY, People, people
+from support.scoreboard import LONG, row
 
 from guestpass.plugin import Client, Denied, Form, Identity, Message, SignIn
 from guestpass_plugins.authenticate import email_code
-from guestpass_plugins.authenticate.email_code import CODES_PER_ADDRESS, MAX_TRIES, EmailCode
+from guestpass_plugins.authenticate.email_code import CODE_DIGITS, CODES_PER_ADDRESS, MAX_TRIES, EmailCode
 
 
 class Clock:
@@ -132,6 +133,48 @@ async def test_what_is_no_address_is_said(edge: People, way: EmailCode, typed: s
 
 
 # ── guessing ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_day_of_guessing(
+    edge: People, way: EmailCode, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two attackers, one of whom has the link, from as many networks and in as many sign-ins as they like. What counts
+    is how many guesses are compared with a live code."""
+    compared = 0
+    is_right = EmailCode._is_right
+
+    async def counted(self: EmailCode, key: str, hashed: str) -> bool:
+        nonlocal compared
+        compared += await self.host.storage.get(key) is not None
+        return await is_right(self, key, hashed)
+
+    monkeypatch.setattr(EmailCode, "_is_right", counted)
+    hours = 24 if LONG else 4
+    for hour in range(hours):
+        for number in range(CODES_PER_ADDRESS + 2):
+            for link in ("", "the link"):
+                name = f"{hour} {number} {link}"
+                visitor = Visitor(edge, way, name, client=f"198.51.{hour}.{number}", link=link)
+                if (await visitor.send(email=ALICE)).error:
+                    continue
+                await done(way)
+                guesses = (visitor.finish("00000000") for _ in range(MAX_TRIES + 3))
+                found = await asyncio.gather(*guesses, return_exceptions=True)
+                assert not any(isinstance(step, Identity) for step in found)
+        clock.at += 3600.0
+    edge.mail.clear()
+    by_day = compared / hours * 24
+    by_limits = 24 * 2 * CODES_PER_ADDRESS * MAX_TRIES
+    assert 0 < by_day <= by_limits
+    success = by_limits / 10**CODE_DIGITS
+    row(
+        "guessing a code",
+        f"{compared} guesses reached a live code in {hours} h of two attackers, one with the link",
+        f"success for an address and day {success:.1e} by the limits, {by_day / 10**CODE_DIGITS:.1e} tried",
+        "≤ 1e-4",
+        ok=success <= 1e-4 and by_day <= by_limits,
+        figure=10,
+    )
 
 
 async def test_five_tries_then_the_flow_is_over(edge: People, way: EmailCode) -> None:

@@ -238,27 +238,29 @@ async def test_an_older_schema_is_migrated_in_one_transaction(
     """A migration that fails half-way leaves the file as it was."""
     versions = tmp_path / "migrations"
     (versions / "versions").mkdir(parents=True)
-    for name in ("env.py", "script.py.mako", "versions/0001_first_tables.py"):
+    for name in (
+        "env.py",
+        "script.py.mako",
+        *(f"versions/{p.name}" for p in (MIGRATIONS / "versions").glob("*.py")),
+    ):
         (versions / name).write_text((MIGRATIONS / name).read_text("utf-8"), "utf-8")
     path = tmp_path / "edge.db"
     async with await Store.open(path) as store:
         await put(store, "kept")
-    head = '"""Next."""\nfrom alembic import op\nrevision = "0002"\ndown_revision = "0001"\ndef upgrade():\n'
+    head = f'"""Next."""\nfrom alembic import op\nrevision = "next"\ndown_revision = "{REVISION}"\ndef upgrade():\n'
     add = '    op.execute("ALTER TABLE shares ADD COLUMN colour TEXT")\n'
     monkeypatch.setattr("guestpass.shares.store.database.MIGRATIONS", versions)
-    monkeypatch.setattr("guestpass.shares.store.database.REVISION", "0002")
+    monkeypatch.setattr("guestpass.shares.store.database.REVISION", "next")
 
-    (versions / "versions" / "0002_next.py").write_text(
-        head + add + '    op.execute("SELECT * FROM nowhere")\n'
-    )
+    (versions / "versions" / "next.py").write_text(head + add + '    op.execute("SELECT * FROM nowhere")\n')
     with pytest.raises(StoreError, match="nowhere"):
         await Store.open(path)
     connection = sqlite3.connect(path)
     assert "colour" not in {row[1] for row in connection.execute("PRAGMA table_info(shares)")}
-    assert connection.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchall() == [("0001",)]
+    assert connection.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchall() == [(REVISION,)]
     connection.close()
 
-    (versions / "versions" / "0002_next.py").write_text(head + add)
+    (versions / "versions" / "next.py").write_text(head + add)
     async with await Store.open(path) as store:
         assert await value(store, "kept") == 1
         columns = await store.read(lambda db: db.execute(text("PRAGMA table_info(shares)")).all())

@@ -153,6 +153,7 @@ async def people(
             public_url=origins.main,
             share_origin=origins.share_origin,
             default_owner="Ada Lovelace",
+            ways=lambda: [way.name for way in chosen.interactive],
         )
         stack.push_async_callback(service.close)
         grants = GrantTable(now=now, touched=service.touch)

@@ -24,13 +24,23 @@ class Up:
     """An edge, a gateway and one share of `url`. `with` ends them."""
 
     def __init__(
-        self, url: str, *, to: str, folder: Path, mail: str | None = None, options: Sequence[str] = ()
+        self,
+        url: str,
+        *,
+        to: str,
+        folder: Path,
+        mail: str | None = None,
+        options: Sequence[str] = (),
+        config: str = "",
     ) -> None:
+        """`config`: further sections of edge.toml."""
         command = [*GUESTPASS, "up", url, "--to", to, "--port", "0", "--json", *options]
         if mail is not None:
-            config = folder / "edge.toml"
-            config.write_text(f'[mail]\nsmtp = "{mail}"\nfrom = "Guestpass <share@example.com>"\n', "utf-8")
-            command += ["--config", str(config)]
+            config = f'[mail]\nsmtp = "{mail}"\nfrom = "Guestpass <share@example.com>"\n{config}'
+        if config:
+            file = folder / "edge.toml"
+            file.write_text(config, "utf-8")
+            command += ["--config", str(file)]
         self.program = Program(command, log=folder / "guestpass.log", cwd=folder)
         try:
             self.facts: dict[str, Any] = json.loads(self.program.wait_for_line("{", seconds=START_SECONDS))

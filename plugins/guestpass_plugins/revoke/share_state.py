@@ -12,7 +12,8 @@ ARRIVAL_SECONDS = 60.0
 
 
 class ShareState(Revoker):
-    """Deleted, expired, recipient removed, session ended or expired, too many sessions."""
+    """Deleted, expired, recipient removed, session ended or expired, signed in as it does not take any more, too
+    many sessions."""
 
     async def check(self, share: Share, session: Session) -> Revocation | None:
         now = self.host.now()
@@ -27,6 +28,8 @@ class ShareState(Revoker):
             return Revocation("session_ended", session_id=session.id)
         if session.expires is not None and session.expires <= now:
             return Revocation("session_expired", session_id=session.id)
+        if session.kind is SessionKind.COOKIE and not share.takes(session.provider):
+            return Revocation("sign_in_not_taken", session_id=session.id)
         if share.max_sessions is not None and await self._earlier(share, session) >= share.max_sessions:
             return Revocation("max_sessions", session_id=session.id)
         return None

@@ -85,6 +85,11 @@ def addresses(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def names(text: str) -> list[str]:
+    """The parts of `email-code,google`; the edge checks each."""
+    return addresses(text)
+
+
 def flatten(lists: Sequence[Sequence[str]] | None) -> list[str]:
     """What a repeatable option with `type=addresses` collected."""
     return [item for items in lists or () for item in items]

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from guestpass.cli.client import connect, management_options
 from guestpass.cli.output import Output, count, fields, plain, table, when
-from guestpass.cli.parser import add_command, addresses, expires, flatten, number
+from guestpass.cli.parser import add_command, addresses, expires, flatten, names, number
 from guestpass.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,6 +61,13 @@ def add(commands: Commands) -> None:
     create.add_argument(
         "--max-sessions", type=number(1, MAX_SESSIONS), metavar="N", help="how many may be open at once"
     )
+    create.add_argument(
+        "--sign-in",
+        action="append",
+        type=names,
+        metavar="NAME[,NAME…]",
+        help="take only these ways of signing in, by their names in edge.toml (default: all)",
+    )
     create.add_argument("--no-mail", action="store_true", help="send no invitation; the links are printed")
 
     listing = add_command(
@@ -98,6 +105,13 @@ def add(commands: Commands) -> None:
         default=argparse.SUPPRESS,
         metavar="N",
         help="how many may be open at once, or unlimited",
+    )
+    update.add_argument(
+        "--sign-in",
+        action="append",
+        type=names,
+        metavar="NAME[,NAME…]",
+        help="take only these ways of signing in, or any",
     )
     update.add_argument("--path", metavar="/x", help="where recipients land")
     _scope_options(update)
@@ -223,6 +237,7 @@ def _create(args: argparse.Namespace, output: Output) -> int:
             "to": flatten(args.to),
             "expires": args.expires,
             "max_sessions": args.max_sessions,
+            "sign_in": flatten(args.sign_in),
             "message": args.message,
             "invite": not args.no_mail,
         },
@@ -285,6 +300,7 @@ def _detail(share: Mapping[str, Any]) -> str:
             ("Created", when(share["created"])),
             ("Expires", when(share["expires"])),
             ("Sessions", share["max_sessions"] and f"at most {share['max_sessions']}"),
+            ("Sign-in", ", ".join(share.get("sign_in", ())) or "any"),
             ("Message", share["message"]),
             ("Live", f"{count(live['sessions'], 'session')}, {count(live['streams'], 'stream')}"),
         ]
@@ -317,6 +333,8 @@ def _update(args: argparse.Namespace, output: Output) -> int:
         changes["scope"] = []
     elif args.only or args.scope:
         changes["scope"] = scope_rules(args)
+    if ways := flatten(args.sign_in):
+        changes["sign_in"] = [] if ways == ["any"] else ways
     if added := flatten(args.add):
         changes["add"] = added
     if removed := flatten(args.remove):

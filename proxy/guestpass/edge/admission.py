@@ -347,6 +347,8 @@ class Admission(Desk):
 
     async def _open(self, request: web.Request, share: Share, identity: Identity, path: str) -> web.Response:
         """The second half: a session for this browser."""
+        if not share.takes(identity.provider):
+            return self._not_taken(identity, share)
         recipient = share.recipient(identity.email)
         if recipient is None:
             return self._not_invited(identity, share)
@@ -475,7 +477,7 @@ def _refusal(revocation: Revocation) -> GuestpassError:
         return PluginFailed("Whether the session may go on is unknown.", error_id=revocation.error_id)
     if reason in ("deleted", "expired"):
         return ShareEnded("This share has ended.")
-    if reason in ("session_ended", "session_expired", "recipient_removed", "idle"):
+    if reason in ("session_ended", "session_expired", "recipient_removed", "idle", "sign_in_not_taken"):
         return Unauthorized("The session is over.", code=reason)
     if reason == "max_sessions":
         return Forbidden(TOO_MANY_VIEWERS, code="max_sessions")

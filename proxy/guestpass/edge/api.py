@@ -263,6 +263,7 @@ class Api:
                 message=body.message or "",
                 owner=body.owner,
                 invite=body.invite,
+                sign_in=body.sign_in,
             ),
             idempotency_key=key,
             request=await request.read(),
@@ -290,7 +291,7 @@ class Api:
 
     async def update_share(self, request: web.Request, _: None, body: m.UpdateShare) -> m.UpdatedShareOut:
         given = body.model_fields_set
-        for field in ("name", "message", "path", "scope"):
+        for field in ("name", "message", "path", "scope", "sign_in"):
             if field in given and getattr(body, field) is None:
                 raise Invalid(f"{field} cannot be null", hint="Leave it out to keep what is.")
         return self._updated_out(
@@ -300,6 +301,7 @@ class Api:
                 message=UNSET if body.message is None else body.message,
                 path=UNSET if body.path is None else body.path,
                 scope=UNSET if body.scope is None else _scope(body.scope),
+                sign_in=UNSET if body.sign_in is None else body.sign_in,
                 expires=self._moment(body.expires) if "expires" in given else UNSET,
                 max_sessions=body.max_sessions if "max_sessions" in given else UNSET,
                 add=body.add,
@@ -539,6 +541,7 @@ class Api:
             created=to_text(share.created),
             expires=_text(share.expires),
             max_sessions=share.max_sessions,
+            sign_in=list(share.sign_in),
             state=share.state(self._now()).value,
             origin=self._share_origin(share.id),
             recipients=[

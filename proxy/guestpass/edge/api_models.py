@@ -37,6 +37,7 @@ class CreateShare(Body):
     message: str | None = Field(None, description="a note in the invitation")
     owner: str | None = Field(None, description="who shares, as recipients read it")
     invite: bool = Field(True, description="mail each recipient their link")
+    sign_in: list[str] = Field([], description="names of the ways of signing in that it takes; none: all")
 
 
 class UpdateShare(Body):
@@ -48,6 +49,7 @@ class UpdateShare(Body):
     scope: list[str] | None = None
     expires: str | None = None
     max_sessions: int | None = None
+    sign_in: list[str] | None = Field(None, description="an empty list lifts the limit")
     add: list[str] = Field([], description="email addresses")
     remove: list[str] = Field([], description="email addresses, cut off at once")
     invite: bool = Field(True, description="mail the added recipients their link")
@@ -144,6 +146,7 @@ class ShareOut(Answer):
     created: str
     expires: str | None
     max_sessions: int | None
+    sign_in: list[str]
     state: Literal["active", "expired", "deleted"]
     origin: str
     recipients: list[RecipientOut]

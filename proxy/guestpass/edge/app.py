@@ -173,6 +173,7 @@ class Edge:
             public_url=edge.public_url,
             share_origin=self.origins.share_origin,
             default_owner=edge.owner,
+            ways=lambda: [way.name for way in self.plugins.interactive],
         )
         self._cleanups.append(service.close)
         self.grants = GrantTable(now=self._now, touched=service.touch)

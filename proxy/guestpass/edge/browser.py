@@ -158,6 +158,12 @@ def is_navigation(request: web.BaseRequest) -> bool:
     return "text/html" in request.headers.get("Accept", "").lower()
 
 
+def is_speculative(request: web.BaseRequest) -> bool:
+    """Whether nobody sees the answer yet, perhaps never: HEAD, prefetching and prerendering."""
+    purpose = request.headers.get("Sec-Purpose", request.headers.get("Purpose", "")).lower()
+    return request.method == "HEAD" or "prefetch" in purpose or "prerender" in purpose
+
+
 def safe_path(target: str) -> str | None:
     """A request target as a path to come back to; None when a browser could read another origin into it."""
     if len(target) > MAX_RETURN_PATH or not PATH.fullmatch(target) or target.startswith("/.guestpass/"):

@@ -29,7 +29,7 @@ FLOWS_WINDOW = 600.0
 
 OUTCOMES = frozenset(
     ("admitted", "denied", "failed", "not_invited", "deleted", "expired", "recipient_removed")
-    + ("session_ended", "session_expired", "max_sessions", "plugin_failed")
+    + ("session_ended", "session_expired", "max_sessions", "sign_in_not_taken", "plugin_failed")
 )
 
 START_PATH = "/.guestpass/start"
@@ -104,6 +104,18 @@ class Desk:
                 }
             ],
             posts=[],
+        )
+
+    def _not_taken(self, identity: Identity, share: Share) -> web.Response:
+        """Signed in, but in a way that the share does not take."""
+        self._count(identity.provider, "denied")
+        detail = {"reason": "sign_in_not_taken", "provider": identity.provider}
+        self._events.emit(Event("signin.denied", self._now(), identity.email, share.id, detail=detail))
+        return self._start_again(
+            "Please sign in in another way",
+            "Its owner has chosen how one signs in to this, and that was another way.",
+            self._origins.share_origin(share.id) + START_PATH,
+            status=403,
         )
 
     def _start_again(

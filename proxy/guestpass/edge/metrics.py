@@ -19,6 +19,7 @@ REASONS = frozenset(
         "replaced",
         "signed_out",
         "max_sessions",
+        "sign_in_not_taken",
         "denied",
         "plugin_failed",
         "provider_removed",

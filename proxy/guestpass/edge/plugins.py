@@ -93,6 +93,7 @@ from guestpass.plugin import (
     Static,
     Step,
     Storage,
+    Unproven,
 )
 
 if TYPE_CHECKING:
@@ -611,6 +612,12 @@ class PluginSet:
                 f"{config.file}: [[authenticate]]: no way to sign in is left for visitors",
                 hint='Add [[authenticate]] with use = "email-code".',
             )
+        needy = [p for p in plugins["authenticate"] if isinstance(p, Authenticator) and p.needs_proof]
+        if needy and not any(_proves(p) for p in plugins["authenticate"]):
+            raise ConfigError(
+                f'{config.file}: [[authenticate]] "{needy[0].name}" proves no address, and nothing else does',
+                hint='Add [[authenticate]] with use = "email-code".',
+            )
 
     # ── lifecycle ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -809,6 +816,20 @@ class PluginSet:
             await slot.ask("complete", SIGN_IN_DEADLINE, partial(slot.plugin.complete, sign_in, params)),
         )
 
+    @property
+    def prover(self) -> str | None:
+        """The name of the authenticator that has visitors prove a given address."""
+        return next((slot.name for slot in self._authenticate if _proves(slot.plugin)), None)
+
+    async def prove(self, name: str, sign_in: SignIn, email: str) -> Step:
+        """Raises as `begin`."""
+        slot = self._interactive(name)
+        return self._step(
+            slot,
+            "prove",
+            await slot.ask("prove", SIGN_IN_DEADLINE, partial(slot.plugin.prove, sign_in, email)),
+        )
+
     async def identify(self, request: RequestContext) -> Identity | None:
         """Who the credentials in the request prove: the first authenticator that does not abstain.
         Raises Denied, PluginFailed."""
@@ -837,6 +858,11 @@ class PluginSet:
                     hook, ValueError(f"its state has {size} bytes of JSON, {MAX_STATE} are allowed")
                 )
             return step
+        if isinstance(step, Unproven):
+            try:
+                return dataclasses.replace(step, email=canonical(step.email))
+            except InvalidEmail as exc:
+                raise slot.failed(hook, exc) from exc
         return self._identity(slot, hook, step)
 
     def _identity(self, slot: _Slot[Authenticator], hook: str, found: object) -> Identity:
@@ -988,6 +1014,14 @@ class PluginSet:
             # Already logged and counted; an observer's failure is nobody else's.
             with contextlib.suppress(PluginFailed):
                 await slot.ask("on_event", OBSERVE_DEADLINE, partial(slot.plugin.on_event, event), passes=())
+
+
+def _proves(plugin: Plugin) -> bool:
+    return (
+        isinstance(plugin, Authenticator)
+        and plugin.interactive
+        and type(plugin).prove is not Authenticator.prove
+    )
 
 
 def _checked_host(host: Host) -> Host:

@@ -4,6 +4,12 @@ way in.
 A flow is one sign-in of one browser, kept on the server. It is bound to that browser, by the digest of a cookie, as
 soon as there is something to keep in it; showing its first page keeps nothing. What a form's answer leads to is stored
 first and then shown by a GET of its own, so that a reload repeats nothing: no second mail, no second try.
+
+A provider may know an address without proving it (`Unproven`). Then the flow goes on at the authenticator that proves
+addresses, and keeps the claim: only that very address ends it, and it ends as a sign-in with the provider.
+
+A share may say which ways of signing in it takes. Others are not shown, are not begun, and do not end in it: that is
+asked again when the address is proven, whichever way the visitor came.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
 from aiohttp import web
 
 from guestpass import tokens
@@ -23,6 +30,7 @@ from guestpass.edge.browser import (
     FormRefused,
     csrf_token,
     drop_cookie,
+    is_speculative,
     own_cookie,
     posted,
     redirect,
@@ -33,7 +41,7 @@ from guestpass.edge.desk import FINISH_PATH, FLOW_SECONDS, FLOWS_WINDOW, START_P
 from guestpass.edge.keys import CLIENT
 from guestpass.errors import NotFound, PluginFailed, ShareEnded, ShareNotFound
 from guestpass.model import Event, Identity, Share
-from guestpass.plugin import Action, Denied, Field, Form, SignIn, Step
+from guestpass.plugin import Action, Authenticator, Denied, Field, Form, Passkey, SignIn, Step, Unproven
 
 # A redirect between two origins takes a moment; architecture.md allows no more.
 HANDOVER_SECONDS = 60.0
@@ -52,6 +60,15 @@ class _Known:
     proven: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """An address that the authenticator `provider` named and did not prove."""
+
+    email: str
+    provider: str
+    subject: str
+
+
 @dataclass(slots=True)
 class _Flow:
     """One sign-in as the store keeps it, seen by one browser."""
@@ -68,6 +85,7 @@ class _Flow:
     authenticator: str | None  # where the visitor is
     state: dict[str, Any]
     form: Form | None
+    claim: _Claim | None  # what another authenticator said, and this one is to prove
 
     @property
     def is_bound(self) -> bool:
@@ -87,6 +105,7 @@ class _Flow:
             authenticator=data.get("authenticator"),
             state=data.get("state", {}),
             form=_form_from(data["form"]) if data.get("form") else None,
+            claim=_Claim(**data["claim"]) if data.get("claim") else None,
         )
 
     def as_data(self) -> dict[str, Any]:
@@ -101,13 +120,15 @@ class _Flow:
             "authenticator": self.authenticator,
             "state": self.state,
             "form": dataclasses.asdict(dataclasses.replace(self.form, state={})) if self.form else None,
+            "claim": dataclasses.asdict(self.claim) if self.claim else None,
         }
 
 
 def _form_from(data: Mapping[str, Any]) -> Form:
     fields = tuple(Field(**field) for field in data["fields"])
     actions = tuple(Action(**action) for action in data["actions"])
-    return Form(**{**data, "fields": fields, "actions": actions})
+    passkey = Passkey(**data["passkey"]) if data.get("passkey") else None
+    return Form(**{**data, "fields": fields, "actions": actions, "passkey": passkey})
 
 
 class SignInPages(Desk):
@@ -173,7 +194,11 @@ class SignInPages(Desk):
         if isinstance(flow, web.Response):
             return flow
         known = await self._known(request)
-        ways = self._plugins.interactive
+        if known is not None and not await self._takes(flow, known.provider):
+            known = None
+        ways = await self._ways(flow)
+        if not ways:
+            return self._no_way(flow)
         if known is None and len(ways) == 1:
             return await self._show(request, flow, ways[0].name)
         response = self._pages.render(
@@ -205,18 +230,33 @@ class SignInPages(Desk):
             return flow
         return await self._show(request, flow, request.match_info["authenticator"])
 
+    def _no_way(self, flow: _Flow) -> web.Response:
+        """The share takes only ways of signing in that are configured no more."""
+        return self._start_again(
+            "Nobody can sign in to this at present",
+            "The ways of signing in that its owner chose are not offered any more. Tell them.",
+            self._start_url(flow),
+            status=403,
+        )
+
     async def _show(self, request: web.Request, flow: _Flow, name: str) -> web.Response:
         """The form at which the visitor is, or the first one."""
         if flow.is_bound and flow.authenticator == name and flow.form is not None:
-            return self._form(request, flow, name, flow.form)
+            return await self._form(request, flow, name, flow.form)
+        if not await self._takes(flow, name):
+            return self._pages.error(404, request=request)
+        flow.claim = None
         try:
             step = await self._plugins.begin(name, await self._as_sign_in(request, flow, name, {}))
         except KeyError:
             return self._pages.error(404, request=request)
         except (Denied, PluginFailed) as exc:
             return await self._denied(request, flow, name, exc)
+        if is_speculative(request) and not isinstance(step, Form):
+            # Going on would give the flow to this browser, which only looks ahead.
+            return self._pages.error(503, request=request)
         if isinstance(step, Form) and not step.state:
-            return self._form(request, flow, name, step)  # nothing to remember yet
+            return await self._form(request, flow, name, step)  # nothing to remember yet
         return await self._next(request, flow, name, step)
 
     async def _sign_in_posted(self, request: web.Request) -> web.StreamResponse:
@@ -240,12 +280,24 @@ class SignInPages(Desk):
                 self._start_url(flow),
                 status=400,
             )
+        if len(set(request.query)) != len(request.query):
+            # RFC 6749 §3.1: none may come twice; which of two would be meant is anybody's guess.
+            return self._start_again(
+                "This sign-in cannot be finished here",
+                "The provider's answer is ambiguous.",
+                self._start_url(flow),
+                status=400,
+            )
         return await self._complete(request, flow, name, dict(request.query))
 
     async def _complete(
         self, request: web.Request, flow: _Flow, name: str, params: Mapping[str, str]
     ) -> web.Response:
         state = flow.state if flow.authenticator == name else {}
+        if flow.authenticator != name:
+            flow.claim = None
+        if flow.claim is None and not await self._takes(flow, name):
+            return self._pages.error(404, request=request)
         try:
             step = await self._plugins.complete(
                 name, await self._as_sign_in(request, flow, name, state), params
@@ -258,7 +310,14 @@ class SignInPages(Desk):
 
     async def _next(self, request: web.Request, flow: _Flow, name: str, step: Step) -> web.Response:
         """Keep what comes next on the server and send the browser there, so that a reload repeats nothing."""
+        if isinstance(step, Unproven):
+            return await self._prove(request, flow, name, step)
         if isinstance(step, Identity):
+            if flow.claim is not None:
+                if step.email != flow.claim.email:
+                    denied = Denied("Another address was proven than the one that was to be.")
+                    return await self._denied(request, flow, name, denied)
+                step = dataclasses.replace(step, provider=flow.claim.provider, subject=flow.claim.subject)
             return await self._identified(request, flow, step, remember=True)
         flow.authenticator = name
         flow.state = dict(step.state)
@@ -266,6 +325,29 @@ class SignInPages(Desk):
         await self._service.update_flow(flow.id, flow.as_data())
         target = f"/signin/{flow.id}/{name}" if isinstance(step, Form) else step.url
         return self._with_browser(request, flow, redirect(target))
+
+    async def _prove(self, request: web.Request, flow: _Flow, name: str, claimed: Unproven) -> web.Response:
+        """On to the authenticator that proves addresses, for this one and no other."""
+        prover = self._plugins.prover
+        if prover is None or flow.claim is not None:
+            text = f"{claimed.email} is not proven by that, and there is no other way here to prove it."
+            return await self._denied(request, flow, name, Denied(text))
+        flow.claim = _Claim(claimed.email, name, claimed.subject)
+        try:
+            sign_in = await self._as_sign_in(request, flow, prover, {})
+            step = await self._plugins.prove(prover, sign_in, claimed.email)
+        except (Denied, PluginFailed) as exc:
+            return await self._denied(request, flow, prover, exc)
+        return await self._next(request, flow, prover, step)
+
+    async def _ways(self, flow: _Flow) -> list[Authenticator]:
+        """Among which the visitor can choose. Raises ShareEnded, ShareNotFound."""
+        share = None if flow.share_id is None else await self._active(flow.share_id)
+        return [way for way in self._plugins.interactive if share is None or share.takes(way.name)]
+
+    async def _takes(self, flow: _Flow, name: str) -> bool:
+        """Whether the share may be opened by this way of signing in. Raises ShareEnded, ShareNotFound."""
+        return flow.share_id is None or (await self._active(flow.share_id)).takes(name)
 
     async def _identified(
         self, request: web.Request, flow: _Flow, identity: Identity, *, remember: bool
@@ -292,6 +374,8 @@ class SignInPages(Desk):
             share = await self._active(share_id)
         except (ShareEnded, ShareNotFound):
             return self._pages.error(410, request=request)
+        if not share.takes(identity.provider):
+            return self._not_taken(identity, share)
         if share.recipient(identity.email) is None:
             return self._not_invited(identity, share)
         code = await self._service.create_handover(
@@ -480,12 +564,14 @@ class SignInPages(Desk):
             set_cookie(response, FLOW_COOKIE, flow.browser, FLOW_SECONDS * 2)
         return response
 
-    def _form(self, request: web.Request, flow: _Flow, name: str, form: Form) -> web.Response:
-        several = len(self._plugins.interactive) > 1
+    async def _form(self, request: web.Request, flow: _Flow, name: str, form: Form) -> web.Response:
+        several = len(await self._ways(flow)) > 1
         response = self._pages.render(
             "form.html",
             leads_elsewhere=True,
+            scripts=form.passkey is not None,
             form=form,
+            passkey_options=orjson.dumps(form.passkey.options).decode() if form.passkey else "",
             action=f"/signin/{flow.id}/{name}",
             csrf=csrf_token(flow.browser, flow.id),
             back=f"/signin/{flow.id}" if several else "",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from guestpass.addresses import canonical
 from guestpass.config import NAME
@@ -26,6 +26,9 @@ MAX_RULES = 100
 
 # More live sessions of one share than an edge is built for.
 MAX_SESSIONS = 100_000
+
+# A sign-in page with more buttons than this is no choice any more.
+MAX_WAYS = 50
 
 # Letters that change the direction of what follows: harmless in a document, a disguise in a subject line.
 # (Marks such as U+200E and joiners in emoji are no such thing and pass.)
@@ -113,6 +116,19 @@ def max_sessions(count: int | None) -> int | None:
     if count is not None and not 1 <= count <= MAX_SESSIONS:
         raise Invalid(f"max_sessions must be between 1 and {MAX_SESSIONS}, or absent for no limit")
     return count
+
+
+def sign_in(names: Sequence[str], offered: Collection[str]) -> tuple[str, ...]:
+    """Names of authenticators; `offered` are those that visitors can choose."""
+    if len(names) > MAX_WAYS:
+        raise Invalid(f"sign_in names more than {MAX_WAYS} ways of signing in")
+    for way in names:
+        if way not in offered:
+            raise Invalid(
+                f"sign_in: there is no way of signing in named {way!r}",
+                hint=f"Visitors can choose among: {', '.join(offered) or 'none'}.",
+            )
+    return tuple(dict.fromkeys(names))
 
 
 def one_line(text: str, limit: int) -> str:

@@ -16,7 +16,7 @@ import asyncio
 import builtins
 import hashlib
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, TypeVar
 
@@ -124,6 +124,7 @@ class NewShare:
     message: str = ""
     owner: str | None = None
     invite: bool = True  # mail each recipient their link
+    sign_in: Sequence[str] = ()  # names of the authenticators that it takes; empty: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +160,10 @@ class ShareService:
         share_origin: Callable[[str], str],
         default_owner: str,
         renew: Callable[[Share, Mapping[str, Session]], None] = lambda share, sessions: None,
+        ways: Callable[[], Collection[str]] = lambda: (),
     ) -> None:
-        """`renew(share, sessions)` is told of a change that takes nothing away: the live sessions by id."""
+        """`renew(share, sessions)` is told of a change that takes nothing away: the live sessions by id. `ways` are the
+        names of the authenticators among which visitors can choose."""
         self._store = store
         self._bus = bus
         self._now = now
@@ -169,6 +172,7 @@ class ShareService:
         self.share_origin = share_origin
         self._default_owner = default_owner
         self._renew = renew
+        self._ways = ways
         self._running: set[asyncio.Task[Any]] = set()
         self._sessions_seen: dict[str, float] = {}
         self._gateways_seen: dict[tuple[str, str], float] = {}
@@ -253,14 +257,16 @@ class ShareService:
         max_sessions: int | Unset | None = UNSET,
         path: str | Unset = UNSET,
         scope: Sequence[Scope] | Unset = UNSET,
+        sign_in: Sequence[str] | Unset = UNSET,
         add: Sequence[str] = (),
         remove: Sequence[str] = (),
         invite: bool = True,
         by: str | None = None,
     ) -> UpdatedShare:
         """Change what is given. Who is removed is cut off at once; a change that takes something away (an earlier
-        expiry, another scope, fewer sessions) cuts off everybody, and who may still enter is let in again by what
-        holds now. An expired share can be prolonged, a deleted one not. Adding who is there already does nothing.
+        expiry, another scope, fewer sessions or ways to sign in) cuts off everybody, and who may still enter is let in
+        again by what holds now. An expired share can be prolonged, a deleted one not. Adding who is there already does
+        nothing.
 
         Raises ShareNotFound, ShareEnded (deleted), Invalid, InvalidEmail, NotFound (who is to be removed).
         """
@@ -284,6 +290,8 @@ class ShareService:
                 changed = replace(changed, expires=rules.expiry(expires, now))
             if not isinstance(max_sessions, Unset):
                 changed = replace(changed, max_sessions=rules.max_sessions(max_sessions))
+            if not isinstance(sign_in, Unset):
+                changed = replace(changed, sign_in=rules.sign_in(sign_in, self._ways()))
             if not isinstance(scope, Unset):
                 changed = replace(changed, scope=rules.rules(scope))
             if not isinstance(path, Unset) or not isinstance(scope, Unset):
@@ -319,7 +327,7 @@ class ShareService:
                 self._renew(after, live)
             revoked = await self._publish(revocations, ended, limits_of(after))
             actor = before.owner if by is None else by
-            fields = ("name", "message", "path", "scope", "expires", "max_sessions")
+            fields = ("name", "message", "path", "scope", "expires", "max_sessions", "sign_in")
             if different := [f for f in fields if getattr(before, f) != getattr(after, f)]:
                 self._tell("share.updated", actor, after, changed=" ".join(different))
             for recipient in gone:
@@ -839,6 +847,7 @@ class ShareService:
             created=now,
             expires=rules.expiry(new.expires, now),
             max_sessions=rules.max_sessions(new.max_sessions),
+            sign_in=rules.sign_in(new.sign_in, self._ways()),
             recipients=tuple(_recipient(share_id, email, new.invite) for email in to),
         )
 
@@ -1002,7 +1011,8 @@ def _narrower(before: Share, after: Share) -> bool:
     fewer = after.max_sessions is not None and (
         before.max_sessions is None or after.max_sessions < before.max_sessions
     )
-    return earlier or fewer or before.scope != after.scope
+    other_ways = bool(after.sign_in) and not (before.sign_in and set(before.sign_in) <= set(after.sign_in))
+    return earlier or fewer or other_ways or before.scope != after.scope
 
 
 def _idempotency(key: str) -> str:

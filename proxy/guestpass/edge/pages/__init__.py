@@ -1,4 +1,6 @@
-"""Pages for people: server-rendered, without JavaScript or anything from elsewhere.
+"""Pages for people: server-rendered, whole without JavaScript, with nothing from elsewhere.
+
+One script of ours, for passkeys, is loaded by the forms that offer one; only their policy lets it.
 
 Every page carries a policy that lets it load its own style sheet and nothing more. A form's answer may lead to another
 origin (a share's, a provider's, where the shared application redirects to at once), and Chromium applies
@@ -114,7 +116,10 @@ class Pages:
             auto_reload=False,
         )
         self._environment.globals.update(
-            style_url=self._asset("style.css"), logo_url=self._asset("logo.svg"), main_url=origins.main
+            style_url=self._asset("style.css"),
+            logo_url=self._asset("logo.svg"),
+            passkey_url=self._asset("passkey.js"),
+            main_url=origins.main,
         )
         self._environment.filters.update(
             moment=moment, machine_time=machine_time, remaining=remaining, ago=ago, count=count
@@ -131,12 +136,13 @@ class Pages:
         *,
         headers: Mapping[str, str] | None = None,
         leads_elsewhere: bool = False,
+        scripts: bool = False,
         **context: Any,
     ) -> web.Response:
-        """A page. `leads_elsewhere`: a form on it may end on another origin."""
+        """A page. `leads_elsewhere`: a form on it may end on another origin; `scripts`: it loads the one of ours."""
         body = self._environment.get_template(template).render(context)
         response = web.Response(status=status, text=body, content_type="text/html", charset="utf-8")
-        response.headers.update(self._policy(leads_elsewhere=leads_elsewhere))
+        response.headers.update(self._policy(leads_elsewhere=leads_elsewhere, scripts=scripts))
         if headers:
             response.headers.update(headers)
         return response
@@ -193,13 +199,14 @@ class Pages:
         response.headers.update(extra)
         return response
 
-    def _policy(self, *, leads_elsewhere: bool) -> dict[str, str]:
+    def _policy(self, *, leads_elsewhere: bool, scripts: bool = False) -> dict[str, str]:
+        script = "script-src 'self'; " if scripts else ""
         action = "'self'"
         if leads_elsewhere:
             action += " https:" if self._origins.scheme == "https" else " https: http:"
         return {
-            "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; "
-            f"form-action {action}; frame-ancestors 'none'",
+            "Content-Security-Policy": f"default-src 'none'; {script}style-src 'self'; img-src 'self'; "
+            f"base-uri 'none'; form-action {action}; frame-ancestors 'none'",
             # Not no-referrer: with that, browsers send `Origin: null` with our own forms.
             "Referrer-Policy": "same-origin",
             "X-Content-Type-Options": "nosniff",

@@ -70,6 +70,7 @@ def to_share(row: AnyRow, recipients: Sequence[AnyRow]) -> Share:
         max_sessions=row.max_sessions,
         deleted=row.deleted,
         recipients=tuple(to_recipient(r) for r in recipients),
+        sign_in=tuple(orjson.loads(row.sign_in)),
     )
 
 
@@ -88,6 +89,7 @@ def from_share(share: Share) -> dict[str, Any]:
         "expires": share.expires,
         "max_sessions": share.max_sessions,
         "deleted": share.deleted,
+        "sign_in": orjson.dumps(share.sign_in).decode(),
     }
 
 

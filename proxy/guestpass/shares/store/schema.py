@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 
 # The newest migration.
-REVISION = "0001"
+REVISION = "0002"
 
 # Not Alembic's default: a database of another program with an `alembic_version` table is not taken for ours.
 VERSION_TABLE = "guestpass_schema"
@@ -44,6 +44,7 @@ shares = Table(
     Column("expires", Float),
     Column("max_sessions", Integer),
     Column("deleted", Float),
+    Column("sign_in", Text, nullable=False, server_default="[]"),  # JSON: [authenticator, …]
     Index("shares_by_creation", "created", "id"),
 )
 
