@@ -303,8 +303,9 @@ class Edge:
     def _reload(self) -> None:
         try:
             fresh = configuration.load_edge(self.config.file)
-            self._load_certificates(fresh)
+            # What may fail goes first, and certificates at a stroke: then nothing was changed, as the log says.
             self.keys.tick(time.time())
+            self._load_certificates(fresh)
             if self.acme is not None:
                 self.acme.hurry()
             elsewhere = [
@@ -473,9 +474,8 @@ class Edge:
 
     async def _own_fields(self, request: web.Request, response: web.StreamResponse) -> None:
         """Of all answers of our own; the first on each host is one. The relay's are written elsewhere."""
-        response.headers["Server"] = (
-            "Guestpass"  # otherwise aiohttp says which Python and which aiohttp this is
-        )
+        # Otherwise aiohttp says which Python and which aiohttp this is.
+        response.headers["Server"] = "Guestpass"
         if self._hsts and request.get(SCHEME) == "https":
             response.headers["Strict-Transport-Security"] = self._hsts
 
@@ -496,8 +496,7 @@ class Edge:
             challenge = self._challenge(request)
             if challenge is not None:
                 return challenge
-            name = urlsplit("//" + request.host).hostname or ""
-            origin = self.origins.named(name)
+            origin = self.origins.named(request.host.lower().partition(":")[0])
             if origin is None:
                 return self.pages.error(421, request=request)
             if request.method not in ("GET", "HEAD"):
