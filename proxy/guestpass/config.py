@@ -384,6 +384,11 @@ class EdgeConfig(_Section):
                 'challenge = "http-01" is answered on port 80: set redirect_listen = ["http://0.0.0.0:80"] '
                 '(key "edge.redirect_listen")'
             )
+        named = [host for section in edge.certificate for host in section.hosts]
+        named += self.acme.hosts if self.acme is not None else ()
+        twice = next((host for at, host in enumerate(named) if host in named[:at]), None)
+        if twice is not None:
+            raise ValueError(f'{twice} has two certificates (keys "edge.certificate.hosts" and "acme.hosts")')
         return self
 
     @property

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.programs import Program, free_port
+from support.programs import Program, free_port, wait_until
 from support.scoreboard import row
 
 from guestpass.local_ca import write_certificates
@@ -60,30 +62,37 @@ def scan(python: Path, port: int, ca: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def edge(tmp_path: Path) -> Iterator[int]:
-    """An edge as it is deployed, in a process of its own; its port."""
-    port = free_port()
-    write_certificates(tmp_path, ("localhost", "share.localhost", "*.share.localhost"))
+def edge() -> int:
+    """The edge's port."""
+    return free_port()
+
+
+@pytest.fixture
+def running(edge: int, tmp_path: Path) -> Iterator[Program]:
+    """An edge as it is deployed, in a process of its own."""
+    _, cert, key = write_certificates(tmp_path, ("localhost", "share.localhost", "*.share.localhost"))
+    shutil.copy(cert, tmp_path / "share.pem")
+    shutil.copy(key, tmp_path / "share.key")
     (tmp_path / "edge.toml").write_text(f"""
         [edge]
-        listen = ["https://127.0.0.1:{port}"]
+        listen = ["https://127.0.0.1:{edge}"]
         admin_listen = "127.0.0.1:{free_port()}"
-        public_url = "https://localhost:{port}"
-        share_domain = "share.localhost:{port}"
+        public_url = "https://localhost:{edge}"
+        share_domain = "share.localhost:{edge}"
         tls = {{ cert = "cert.pem", key = "key.pem" }}
         [[edge.certificate]]
-        cert = "cert.pem"
-        key = "key.pem"
+        cert = "share.pem"
+        key = "share.key"
         hosts = ["share.localhost"]
     """)
     command = (sys.executable, "-m", "guestpass", "--json", "edge", "--config", str(tmp_path / "edge.toml"))
     with Program(command, log=tmp_path / "edge.log") as program:
         program.wait_for_line("{", seconds=60)
-        yield port
+        yield program
         assert program.process.poll() is None, "the edge survives the scan"
 
 
-def test_mozilla_intermediate(edge: int, sslyze: Path, tmp_path: Path) -> None:
+def test_mozilla_intermediate(running: Program, edge: int, sslyze: Path, tmp_path: Path) -> None:
     found = scan(sslyze, edge, tmp_path / "ca.pem")
     accepted = {version for version, ciphers in found["ciphers"].items() if ciphers}
     suites = sum(len(ciphers) for ciphers in found["ciphers"].values())
@@ -99,6 +108,44 @@ def test_mozilla_intermediate(edge: int, sslyze: Path, tmp_path: Path) -> None:
     assert found["curves"]
     assert not found["compression"]
     assert not found["renegotiation"]
+
+
+def test_sighup_renews_by_name_and_drops_nobody(running: Program, edge: int, tmp_path: Path) -> None:
+    """The signal itself, at the process: the new certificate for the name, the old connection goes on."""
+    context = ssl.create_default_context(cafile=tmp_path / "ca.pem")
+
+    def connect(name: str) -> ssl.SSLSocket:
+        sock = socket.create_connection(("127.0.0.1", edge), timeout=20)
+        return context.wrap_socket(sock, server_hostname=name)
+
+    def serial(name: str) -> str:
+        with connect(name) as secured:
+            return str((secured.getpeercert() or {})["serialNumber"])
+
+    def ask(secured: ssl.SSLSocket) -> bytes:
+        secured.sendall(b"HEAD /.well-known/jwks.json HTTP/1.1\r\nHost: localhost:%d\r\n\r\n" % edge)
+        return secured.recv(65536)
+
+    first, other = serial("share.localhost"), serial("localhost")
+    with connect("share.localhost") as before:
+        assert b" 200 " in ask(before)
+        renewed = tmp_path / "renewed"
+        renewed.mkdir()
+        ca, cert, key = write_certificates(renewed, ("share.localhost",))
+        context.load_verify_locations(ca)
+        for path, name in ((cert, "share.pem"), (key, "share.key")):
+            path.replace(tmp_path / name)
+        running.process.send_signal(signal.SIGHUP)
+        wait_until("the new one is served", lambda: serial("share.localhost") != first, seconds=20)
+        assert serial("localhost") == other
+        assert b" 200 " in ask(before)
+        # The next renewal is only half there.
+        (tmp_path / "share.key").write_text("half")
+        running.process.send_signal(signal.SIGHUP)
+        wait_until("it says so", lambda: "nothing was changed" in running.output(), seconds=20)
+        assert str(tmp_path / "share.pem") in running.output()
+        assert serial("share.localhost") != first
+        assert b" 200 " in ask(before)
 
 
 def test_the_scan_finds_what_is_wrong(sslyze: Path, tmp_path: Path) -> None:

@@ -550,6 +550,10 @@ async def test_stopping_waits_for_no_server(tmp_path: Path) -> None:
             "is not of the form https://",
         ),
         ('hosts = ["a.example"]', '(key "edge.redirect_listen")'),
+        (
+            'hosts = ["a.example", "A.example."]\nchallenge = "dns-01"\nhook = ["x"]',
+            "a.example has two certificates",
+        ),
     ],
 )
 def test_sections_that_cannot_work(tmp_path: Path, lines: str, says: str) -> None:

@@ -147,7 +147,7 @@ def _edge(config: EdgeConfig) -> Iterator[Check]:
         yield Check("plugins", FAIL, exc.message, exc.hint)
     running = _running(config)
     yield _store(config, running)
-    for url in [*config.edge.listen, f"http://{config.edge.admin_listen}"]:
+    for url in [*config.edge.listen, *config.edge.redirect_listen, f"http://{config.edge.admin_listen}"]:
         yield _port(url, running)
     yield from certificate(config)
 

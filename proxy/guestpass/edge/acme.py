@@ -290,7 +290,8 @@ class Acme:
 
     def hurry(self) -> None:
         """Look now (SIGHUP): who was told to wait tries at once."""
-        self.storage.set_attempts({})
+        with contextlib.suppress(ConfigError):  # said again, and louder, by the attempt
+            self.storage.set_attempts({})
         self._look.set()
 
     async def _run(self) -> None:

@@ -365,7 +365,8 @@ class Edge:
 
     async def _load_again(self) -> None:
         fresh = configuration.load_edge(self.config.file)
-        # First where nobody is served: what does not fit changes nothing.
+        # What may fail goes first: then nothing was changed, as the log says. Certificates are tried where nobody is served.
+        self.keys.tick(time.time())
         Certificates().load(fresh.file, tuple(certificates.sources(fresh)))
         seen = _fingerprint(fresh)
         if seen != self._seen:
@@ -373,7 +374,6 @@ class Edge:
             self._seen = seen
             self.config = self.config.model_copy(update={name: getattr(fresh, name) for name in OF_PLUGINS})
         self._load_certificates(fresh)
-        self.keys.tick(time.time())
         if self.acme is not None:
             self.acme.hurry()
         elsewhere = [
@@ -581,9 +581,8 @@ class Edge:
 
     async def _own_fields(self, request: web.Request, response: web.StreamResponse) -> None:
         """Of all answers of our own; the first on each host is one. The relay's are written elsewhere."""
-        response.headers["Server"] = (
-            "Guestpass"  # otherwise aiohttp says which Python and which aiohttp this is
-        )
+        # Otherwise aiohttp says which Python and which aiohttp this is.
+        response.headers["Server"] = "Guestpass"
         if self._hsts and request.get(SCHEME) == "https":
             response.headers["Strict-Transport-Security"] = self._hsts
 
@@ -604,8 +603,7 @@ class Edge:
             challenge = self._challenge(request)
             if challenge is not None:
                 return challenge
-            name = urlsplit("//" + request.host).hostname or ""
-            origin = self.origins.named(name)
+            origin = self.origins.named(request.host.lower().partition(":")[0])
             if origin is None:
                 return self.pages.error(421, request=request)
             if request.method not in ("GET", "HEAD"):

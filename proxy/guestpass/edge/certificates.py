@@ -66,6 +66,7 @@ def load(source: Source, file: Path) -> Certificate:
     try:
         leaf = x509.load_pem_x509_certificate(source.cert.read_bytes())
         names = names_of(leaf)
+        expected = own_certificate_hash(source.cert)
     except (OSError, ValueError) as exc:
         raise ConfigError(f'{file}: {source.cert} cannot be read: {exc} (key "{source.key}")') from exc
     absent = [host for host in source.hosts if not covers(names, host)]
@@ -80,7 +81,7 @@ def load(source: Source, file: Path) -> Certificate:
         hosts=hosts,
         expires=leaf.not_valid_after_utc.timestamp(),
         begins=leaf.not_valid_before_utc.timestamp(),
-        hash=own_certificate_hash(source.cert),
+        hash=expected,
         context=context,
     )
 
@@ -101,12 +102,14 @@ def load_chain(context: ssl.SSLContext, source: Source, file: Path) -> None:
 
 
 def names_of(leaf: x509.Certificate) -> tuple[str, ...]:
-    """The DNS names that a certificate is for, in lower case; their wildcards as they are."""
+    """The names that a certificate is for, in lower case, wildcards as they are; then its addresses."""
     try:
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return ()
-    return tuple(dict.fromkeys(name.lower() for name in names.get_values_for_type(x509.DNSName)))
+    found = [name.lower() for name in names.get_values_for_type(x509.DNSName)]
+    found += [str(address) for address in names.get_values_for_type(x509.IPAddress)]
+    return tuple(dict.fromkeys(found))
 
 
 def covers(names: Iterable[str], host: str) -> bool:
