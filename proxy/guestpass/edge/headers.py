@@ -250,11 +250,14 @@ def client_address(
         for h in v.decode("ascii", "replace").split(",")
     ]
     while hops and within(address, networks):
-        candidate = hops.pop()
         try:
-            address = str(ipaddress.ip_address(candidate.strip("[]")))
+            hop = ipaddress.ip_address(hops.pop().strip("[]"))
         except ValueError:
             break
+        # A zone may hold any text ("fe80::1%…"), and says nothing outside of the machine that it is of.
+        if isinstance(hop, ipaddress.IPv6Address) and hop.scope_id is not None:
+            break
+        address = str(hop)
     return address
 
 
