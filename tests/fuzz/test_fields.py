@@ -1,7 +1,7 @@
 """Runs the targets of fields.py: over the corpus, then over mutations of it, from a seed.
 
-GUESTPASS_FUZZ_SEED sets where it begins and FUZZ_SECONDS for how long each target runs (`make fuzz-fields`); without the
-latter each has a number of cases, so that `make test` does the same work on every machine.
+GUESTPASS_FUZZ_SEED sets where it begins and FUZZ_SECONDS for how long each target runs (`make fuzz-fields`); without
+the latter each has a number of cases, so that `make test` does the same work on every machine.
 """
 
 from __future__ import annotations

@@ -65,7 +65,9 @@ async def run(lane: Lane, origin: str, chosen: list[Vector], tally: Tally) -> di
             problem, targets = await send(lane, origin, vector, tally)
         answered[str(vector.number)] = Counter(targets)
         if problem:
-            tally.desyncs.append(f"{lane.name}/{origin} {scheme_of(vector.number)} {vector.number} ({vector.name}): {problem}")
+            tally.desyncs.append(
+                f"{lane.name}/{origin} {scheme_of(vector.number)} {vector.number} ({vector.name}): {problem}"
+            )
 
     await asyncio.gather(*(one(vector) for vector in chosen))
     return answered
@@ -80,9 +82,7 @@ async def send(lane: Lane, origin: str, vector: Vector, tally: Tally) -> tuple[s
     )
     # A refusal has no body where the method could be read at all.
     named = b"".join(vector.pieces).removeprefix(b"\r\n").startswith(f"{vector.method} ".encode())
-    answers = [
-        answer for answer in cut(received, [vector.method] if named else []) if not answer.interim
-    ]
+    answers = [answer for answer in cut(received, [vector.method] if named else []) if not answer.interim]
     targets = [answer.seen["target"] for answer in answers if answer.seen]
     tally.vectors += 1
     if not all(answer.whole for answer in answers):
@@ -126,7 +126,9 @@ async def sweep(lane: Lane, origin: str) -> None:
     """One more request on each pooled connection."""
 
     async def one(number: int) -> None:
-        received, _ = await lane.send("plain", [lane.head(origin, "GET", f"/sweep/{number}", "Connection: close")])
+        received, _ = await lane.send(
+            "plain", [lane.head(origin, "GET", f"/sweep/{number}", "Connection: close")]
+        )
         (answer,) = cut(received, ["GET"])
         assert answer.seen is not None, received
         assert answer.seen["target"] == f"/sweep/{number}"

@@ -4,8 +4,8 @@ They are siblings, so a browser counts them as one site: SameSite cookies go alo
 domain of both. What keeps them apart is that each is an origin of its own (which the browser enforces), that our
 cookies are __Host- (which it enforces too), and that the edge looks where an unsafe request or an upgrade comes from.
 
-The application counts what reaches it, for each share; whether an attempt was accepted is read there and in the browser.
-Everything that a neighbour tries, the share's own page does as well, and there it must work.
+The application counts what reaches it, for each share; whether an attempt was accepted is read there and in the
+browser. Everything that a neighbour tries, the share's own page does as well, and there it must work.
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ def neighbours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neighbours]
             program = stack.enter_context(Program(command, log=folder / f"{name}.log"))
             program.wait_for_line("{", seconds=START_SECONDS)
             lane.program = lane.program or program
-        wait_until("the gateway is connected", lambda: lane.metric("guestpass_tunnels"), seconds=START_SECONDS)
+        wait_until(
+            "the gateway is connected", lambda: lane.metric("guestpass_tunnels"), seconds=START_SECONDS
+        )
         # No browser knows the CA, and for service workers it is not enough that a context ignores it.
         chromium = stack.enter_context(browser("--ignore-certificate-errors"))
         context = chromium.new_context()
@@ -198,7 +200,9 @@ SOCKET = """([other]) => new Promise((done) => {
   socket.onmessage = (event) => done(event.data === "secret");
   socket.onerror = socket.onclose = () => done(false);
 })"""
-BEACON = """([other]) => navigator.sendBeacon(other + "/act", "x") && new Promise((done) => setTimeout(done, 500, false))"""
+BEACON = """([other]) =>
+  navigator.sendBeacon(other + "/act", "x") && new Promise((done) => setTimeout(done, 500, false))
+"""
 FORM = """([other, method, encoding]) => new Promise((done) => {
   const frame = document.createElement("iframe");
   frame.name = "target";
@@ -221,12 +225,15 @@ FRAME = """([other]) => new Promise((done) => {
   };
   document.body.append(frame);
 })"""
-RELAXED = """([other, domain]) => { try { document.domain = domain; } catch {} return (%s)([other]); }""" % FRAME
+RELAXED = (
+    "([other, domain]) => { try { document.domain = domain; } catch {} return (" + FRAME + ")([other]); }"
+)
 WORKER = """async ([other]) => {
   try { await navigator.serviceWorker.register(other + "/worker.js"); return true; } catch { return false; }
 }"""
 WIDER = """async () => {
-  try { await navigator.serviceWorker.register("/deep/worker.js", { scope: "/" }); return true; } catch { return false; }
+  try { await navigator.serviceWorker.register("/deep/worker.js", { scope: "/" }); return true; }
+  catch { return false; }
 }"""
 
 ACTS: dict[str, tuple[str, list[Any]]] = {
@@ -241,7 +248,14 @@ ACTS: dict[str, tuple[str, list[Any]]] = {
     "DELETE": (FETCH, [{"method": "DELETE", "credentials": "include"}]),
     "POST of JSON": (
         FETCH,
-        [{"method": "POST", "credentials": "include", "body": "{}", "headers": {"Content-Type": "application/json"}}],
+        [
+            {
+                "method": "POST",
+                "credentials": "include",
+                "body": "{}",
+                "headers": {"Content-Type": "application/json"},
+            }
+        ],
     ),
     "POST with keepalive": (
         FETCH,
@@ -329,12 +343,17 @@ def test_a_page_cannot_toss_a_session_at_another_share(neighbours: Neighbours, c
     before = neighbours.count(neighbours.other, f"page {VICTIM}")
     neighbours.at(neighbours.other)  # with the session of before, or this fails
     served = neighbours.count(neighbours.other, f"page {VICTIM}") - before
-    strangers = [name for name in neighbours.counts() if name.startswith(neighbours.other) and ATTACKER in name]
+    strangers = [
+        name for name in neighbours.counts() if name.startswith(neighbours.other) and ATTACKER in name
+    ]
     neighbours.judge(f"tossing {cookie.partition(';')[0]}", accepted=served != 1 or bool(strangers))
     assert (served, strangers) == (1, [])
     # Without a session of its own the share is shut, whatever was tossed.
     neighbours.context.clear_cookies(name="__Host-guestpass")
-    page.evaluate("(cookie) => { document.cookie = cookie; }", cookie.replace("evil", neighbours.secrets[neighbours.other]))
+    page.evaluate(
+        "(cookie) => { document.cookie = cookie; }",
+        cookie.replace("evil", neighbours.secrets[neighbours.other]),
+    )
     probe = neighbours.context.new_page()
     answer = probe.goto(neighbours.origin(neighbours.other) + "/")
     assert answer is not None
@@ -402,4 +421,3 @@ def test_a_deleted_share_takes_its_worker_along(neighbours: Neighbours) -> None:
     neighbours.judge("a service worker of a deleted share", accepted=left > 0)
     assert (left, stored) == (0, None)
     neighbours.at(neighbours.other)
-

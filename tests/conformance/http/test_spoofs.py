@@ -86,7 +86,9 @@ def attempts(token: bytes) -> Iterator[Attempt]:
         for _ in range(3):
             yield one(f"{name}, mixed", swapped(mixed, rng).encode() + b": " + evil)
         yield one(f"{name}, twice", raw + b": a", raw + b": " + evil)
-        yield one(f"{name}, in two spellings", raw + b": " + evil, raw.replace(b"-", b"_").lower() + b": " + evil)
+        yield one(
+            f"{name}, in two spellings", raw + b": " + evil, raw.replace(b"-", b"_").lower() + b": " + evil
+        )
         yield one(f"{name}, no blank", raw + b":" + evil)
         yield one(f"{name}, blanks", raw + b": \t  " + evil + b" \t")
         yield one(f"{name}, blank before the colon", raw + b" : " + evil)
@@ -101,7 +103,9 @@ def attempts(token: bytes) -> Iterator[Attempt]:
         yield one(f"{name}, not ASCII", raw.replace(b"-", b"\xe2\x80\x90") + b": " + evil)
         yield one(f"{name}, no-break space behind", raw + b"\xa0: " + evil)
         yield one(f"{name}, nominated", b"Connection: " + raw)
-        yield one(f"{name}, nominated and sent", b"Connection: keep-alive, " + raw.lower(), raw + b": " + evil)
+        yield one(
+            f"{name}, nominated and sent", b"Connection: keep-alive, " + raw.lower(), raw + b": " + evil
+        )
         yield one(f"{name}, nominated by Proxy-Connection", b"Proxy-Connection: " + raw, raw + b": " + evil)
         yield one(f"{name}, in Keep-Alive", b"Keep-Alive: timeout=5, " + raw + b"=" + evil)
         yield one(
@@ -203,7 +207,9 @@ def verdict(lane: Lane, origin: str, scheme: str, attempt: Attempt, answer: Answ
     return f"{unknown} reached the application" if unknown else ""
 
 
-async def attack(lane: Lane, origin: str, chosen: list[tuple[int, Attempt]], found: list[str]) -> tuple[int, int]:
+async def attack(
+    lane: Lane, origin: str, chosen: list[tuple[int, Attempt]], found: list[str]
+) -> tuple[int, int]:
     """How many were forwarded without what they wanted, and how many were refused."""
     gate = asyncio.Semaphore(AT_ONCE)
     counts = [0, 0]
@@ -275,6 +281,8 @@ def test_what_is_nobodys_business_passes(world: World, lane: str, origin: str, n
 def test_a_foreign_bearer_token_passes(world: World, lane: str, origin: str) -> None:
     """Beside our own token there can be none; with our cookie there can. Only what begins like ours is taken away."""
     it = world.lanes[lane]
-    (answer,) = it.ask("plain", it.head(origin, "GET", "/x", "Cookie: a=1; b=__Host-guestpass", "Connection: close"))
+    (answer,) = it.ask(
+        "plain", it.head(origin, "GET", "/x", "Cookie: a=1; b=__Host-guestpass", "Connection: close")
+    )
     assert variables(answer)["HTTP_COOKIE"] == ["a=1; b=__Host-guestpass"]
     assert "HTTP_AUTHORIZATION" not in variables(answer)

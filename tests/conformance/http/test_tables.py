@@ -79,7 +79,12 @@ def test_refused(world: World, lane: Lane, attack: Attack) -> None:
     async def one(scheme: str, origin: str) -> None:
         target, smuggled = f"/attack/{next(NUMBERS)}", f"/smuggled/{next(NUMBERS)}"
         data = attack.data
-        for name, value in (("{host}", lane.host(origin)), ("{token}", lane.token(origin)), ("{target}", target), ("/smuggled", smuggled)):
+        for name, value in (
+            ("{host}", lane.host(origin)),
+            ("{token}", lane.token(origin)),
+            ("{target}", target),
+            ("/smuggled", smuggled),
+        ):
             data = data.replace(name.encode(), value.encode())
         before = world.mark(origin)
         behind = lane.head(origin, "GET", smuggled, "Connection: close")

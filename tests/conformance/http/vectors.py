@@ -203,25 +203,33 @@ FRAMING: dict[str, Callable[[Draft], None]] = {
     "chunks, many zeros": chunked(lambda body: chunks(body, line=b"0" * 40 + b"%x\r\n"), EITHER),
     "chunks, extension": chunked(lambda body: chunks(body, 7, line=b"%x;a=b\r\n"), FORWARD),
     "chunks, quoted extension": chunked(lambda body: chunks(body, line=b'%x;a="b;c"\r\n'), EITHER),
-    "chunks, extension with CRLF in quotes": chunked(lambda body: chunks(body, line=b'%x;a="\r\n"\r\n'), REFUSE),
+    "chunks, extension with CRLF in quotes": chunked(
+        lambda body: chunks(body, line=b'%x;a="\r\n"\r\n'), REFUSE
+    ),
     "chunks, extension with bare LF": chunked(lambda body: chunks(body, line=b"%x;a\nb\r\n"), REFUSE),
     "chunks, extension with bare CR": chunked(lambda body: chunks(body, line=b"%x;a\rb\r\n"), REFUSE),
     "chunks, extension with NUL": chunked(lambda body: chunks(body, line=b"%x;a\0b\r\n"), REFUSE),
-    "chunks, huge extension": chunked(lambda body: chunks(body, line=b"%x;" + b"a" * 20000 + b"\r\n"), REFUSE),
+    "chunks, huge extension": chunked(
+        lambda body: chunks(body, line=b"%x;" + b"a" * 20000 + b"\r\n"), REFUSE
+    ),
     "chunks, blank before size": chunked(lambda body: chunks(body, line=b" %x\r\n"), REFUSE),
     "chunks, blank after size": chunked(lambda body: chunks(body, line=b"%x \r\n"), EITHER),
     "chunks, size 0x": chunked(lambda body: chunks(body, line=b"0x%x\r\n"), REFUSE),
     "chunks, size +": chunked(lambda body: chunks(body, line=b"+%x\r\n"), REFUSE),
     "chunks, size -": chunked(lambda body: chunks(body, line=b"-%x\r\n"), REFUSE),
     "chunks, size _": chunked(lambda body: chunks(body, line=b"0_%x\r\n"), REFUSE),
-    "chunks, size beyond 64 bits": chunked(lambda body: chunks(body, line=b"10000000000000000%x\r\n"), REFUSE),
+    "chunks, size beyond 64 bits": chunked(
+        lambda body: chunks(body, line=b"10000000000000000%x\r\n"), REFUSE
+    ),
     "chunks, no size": chunked(lambda body: b"\r\n" + body + b"\r\n0\r\n\r\n", REFUSE),
     "chunks, bare LF after size": chunked(lambda body: chunks(body, line=b"%x\n"), REFUSE),
     "chunks, bare CR after size": chunked(lambda body: chunks(body, line=b"%x\r"), REFUSE),
     "chunks, spill": chunked(lambda body: b"5\r\n" + body + b"\r\n0\r\n\r\n", REFUSE),
     "chunks, no CRLF behind": chunked(lambda body: b"%x\r\n" % len(body) + body + b"0\r\n\r\n", REFUSE),
     "chunks, bare LF behind": chunked(lambda body: b"%x\r\n" % len(body) + body + b"\n0\r\n\r\n", REFUSE),
-    "chunks, two bytes too few": chunked(lambda body: b"%x\r\n" % (len(body) + 2) + body + b"\r\n0\r\n\r\n", REFUSE),
+    "chunks, two bytes too few": chunked(
+        lambda body: b"%x\r\n" % (len(body) + 2) + body + b"\r\n0\r\n\r\n", REFUSE
+    ),
     "chunks, last with bare LF": chunked(lambda body: chunks(body, end=b"0\n\n"), REFUSE),
     "chunks, last 00": chunked(lambda body: chunks(body, end=b"00\r\n\r\n"), EITHER),
     "chunks, last with extension": chunked(lambda body: chunks(body, end=b"0;a=b\r\n\r\n"), FORWARD),
@@ -237,7 +245,9 @@ FRAMING: dict[str, Callable[[Draft], None]] = {
         lambda body: chunks(body, end=b"0\r\nX-Guestpass-Email: eve@evil.example\r\n\r\n"), EITHER
     ),
     "chunks, trailer folded": chunked(lambda body: chunks(body, end=b"0\r\nA: b\r\n c\r\n\r\n"), REFUSE),
-    "chunks, trailer without a colon": chunked(lambda body: chunks(body, end=b"0\r\nnothing\r\n\r\n"), REFUSE),
+    "chunks, trailer without a colon": chunked(
+        lambda body: chunks(body, end=b"0\r\nnothing\r\n\r\n"), REFUSE
+    ),
     "chunks, trailer with bare LF": chunked(lambda body: chunks(body, end=b"0\r\nA: b\n\r\n"), REFUSE),
     "chunks, no end": chunked(lambda body: chunks(body, end=b"0\r\n"), EITHER),
     "Transfer_Encoding": disguised(b"Transfer_Encoding: chunked", chunked=True),
@@ -440,7 +450,10 @@ def split(data: bytes, rng: random.Random) -> tuple[bytes, ...]:
     count = rng.choice((0, 0, 0, 1, 1, 2, 4))
     ends = [at + 1 for at in range(len(data) - 1) if data[at] == 13]
     points = sorted(
-        {rng.choice(ends) if ends and rng.random() < 0.5 else rng.randrange(1, len(data)) for _ in range(count)}
+        {
+            rng.choice(ends) if ends and rng.random() < 0.5 else rng.randrange(1, len(data))
+            for _ in range(count)
+        }
     )
     return tuple(data[a:b] for a, b in zip((0, *points), (*points, len(data)), strict=True))
 

@@ -38,8 +38,8 @@ SCHEMES = ("plain", "tls")
 START_SECONDS = 40.0
 # For an answer; nothing here takes a tenth of it on a machine that has time.
 ANSWER_SECONDS = 20.0
-# Shares of every origin: NAME is whole; NAME-limited has these rules at the edge, and the gateway has much the same ones
-# for its service; NAME-guarded has only the gateway's.
+# Shares of every origin: NAME is whole; NAME-limited has these rules at the edge, and the gateway has much the same
+# ones for its service; NAME-guarded has only the gateway's.
 SCOPE = ("GET /limited/**", "POST /limited/*/comments")
 ERROR_ID = re.compile(rb"Error id: ([0-9a-f]{8})")
 
@@ -98,7 +98,8 @@ def cut(data: bytes, methods: Sequence[str]) -> list[Answer]:
         fields = []
         for line in lines:
             name, colon, value = line.partition(":")
-            assert colon and re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name), f"not a field: {line!r}"
+            assert colon, f"not a field: {line!r}"
+            assert re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name), f"not a field: {line!r}"
             fields.append((name, value.strip(" \t")))
         status = int(match[1])
         head = Answer(status, tuple(fields), b"")
@@ -254,7 +255,9 @@ class World:
         found = {}
         for name, process in self.processes().items():
             pooled = sum(
-                1 for connection in process.net_connections("tcp") if connection.raddr and connection.raddr.port in ports
+                1
+                for connection in process.net_connections("tcp")
+                if connection.raddr and connection.raddr.port in ports
             )
             found[name] = process.num_fds() - pooled
         return found
@@ -262,7 +265,8 @@ class World:
     def settled(self, before: dict[str, int], started: dict[str, float]) -> None:
         """After a group of tests: everybody lives, no stream is open, no descriptor was kept."""
         for name, process in self.processes().items():
-            assert process.is_running() and process.create_time() == started[name], f"{name} died"
+            alive = process.is_running() and process.create_time() == started[name]
+            assert alive, f"{name} died"
         for lane in self.lanes.values():
             wait_until(
                 f"no stream is open ({lane.name} lane)",
@@ -301,9 +305,7 @@ def running(folder: Path) -> Iterator[World]:
             lane.shares = asyncio.run(_prepare(config, key.public_key().public_bytes_raw(), origins))
             lanes[name] = lane
         edges = ", ".join(f'"https://localhost:{lane.tls_port}"' for lane in lanes.values())
-        text = (
-            f'[gateway]\nname = "gw-1"\nsite = "{SITE}"\nkey = "gateway.key"\nca = "{ca}"\nedges = [{edges}]\n'
-        )
+        text = f'[gateway]\nname = "gw-1"\nsite = "{SITE}"\nkey = "gateway.key"\nca = "{ca}"\nedges = [{edges}]\n'
         for origin in origins.values():
             text += f'[services.{origin.name}]\nurl = "{origin.url}"\n'
             # The same rules once more: what the edge lets through by mistake ends here.

@@ -118,9 +118,7 @@ def _behind(
         (home / "static" / "file.txt").write_bytes(STATIC)
         os.utime(home / "static" / "file.txt", (MODIFIED, MODIFIED))
         config = home / "server.conf"
-        config.write_text(
-            template.format(folder=home, port=port, echo=echo, modules=APACHE_MODULES), "utf-8"
-        )
+        config.write_text(template.format(folder=home, port=port, echo=echo, modules=APACHE_MODULES), "utf-8")
         url = f"http://127.0.0.1:{port}"
         server = stack.enter_context(Program(command(config), log=folder / "program.log"))
         server.wait_for_url(f"{url}/static/file.txt", seconds=START_SECONDS)

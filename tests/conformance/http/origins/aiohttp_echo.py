@@ -32,9 +32,13 @@ async def echo(request: web.Request) -> web.Response:
 
 
 if __name__ == "__main__":
-    log = Path(sys.argv[3]).open("ab", buffering=0)
+    log = Path(sys.argv[3]).open("ab", buffering=0)  # noqa: SIM115 - as long as the program
     app = web.Application(client_max_size=1 << 24)
     app.router.add_route("*", "/{tail:(?s:.*)}", echo)
     web.run_app(
-        app, host="127.0.0.1", port=int(sys.argv[2]), print=lambda _: print("ready", flush=True), access_log=None
+        app,
+        host="127.0.0.1",
+        port=int(sys.argv[2]),
+        print=lambda _: print("ready", flush=True),
+        access_log=None,
     )

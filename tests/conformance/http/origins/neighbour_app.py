@@ -29,7 +29,9 @@ def share(request: web.Request) -> str:
 async def page(request: web.Request) -> web.Response:
     for what in ("page", request.headers.get("Sec-Fetch-Site", "unsaid")):
         counts[f"{share(request)} {what} {request.headers.get('X-Guestpass-Email')}"] += 1
-    return web.Response(text="<!doctype html><title>application</title><p>secret</p>", content_type="text/html")
+    return web.Response(
+        text="<!doctype html><title>application</title><p>secret</p>", content_type="text/html"
+    )
 
 
 async def act(request: web.Request) -> web.Response:
@@ -85,5 +87,9 @@ if __name__ == "__main__":
     app.router.add_get("/worker.js", worker)
     app.router.add_get("/counts", tell)
     web.run_app(
-        app, host="127.0.0.1", port=int(sys.argv[1]), print=lambda _: print("ready", flush=True), access_log=None
+        app,
+        host="127.0.0.1",
+        port=int(sys.argv[1]),
+        print=lambda _: print("ready", flush=True),
+        access_log=None,
     )

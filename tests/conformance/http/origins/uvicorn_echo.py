@@ -52,7 +52,13 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 
 if __name__ == "__main__":
-    log = Path(sys.argv[3]).open("ab", buffering=0)
+    log = Path(sys.argv[3]).open("ab", buffering=0)  # noqa: SIM115 - as long as the program
     uvicorn.run(
-        echo, host="127.0.0.1", port=int(sys.argv[2]), http="h11", ws="none", log_level="warning", access_log=False
+        echo,
+        host="127.0.0.1",
+        port=int(sys.argv[2]),
+        http="h11",
+        ws="none",
+        log_level="warning",
+        access_log=False,
     )
