@@ -25,6 +25,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from email.utils import formatdate
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -524,6 +525,8 @@ class Relay:
         else:
             framing = b""
             keep_alive = keep_alive and bodiless  # HTTP/1.0: the end of the connection ends the body
+        if not h.values(head.fields, b"date"):  # RFC 9110, 6.6.1
+            framing = b"Date: %b\r\n" % formatdate(usegmt=True).encode("ascii") + framing
         await _write(request, h.response_head(head, framing, keep_alive=keep_alive, http11=http11))
 
         expected = 0 if bodiless else length
