@@ -58,6 +58,7 @@ from guestpass_speedups.http1 cimport (
     F_AUTHORIZATION,
     F_DATE,
     F_HOST,
+    F_MAX_FORWARDS,
     F_ORIGIN,
     F_SEC_FETCH_SITE,
     F_UPGRADE,
@@ -1048,6 +1049,8 @@ cdef class Connection:
         cdef double now
         if data[REQUEST.target.at] != c"/":
             return False
+        if REQUEST.method_id == M_OPTIONS and fields.present >> F_MAX_FORWARDS & 1:
+            return False            # the relay counts
         if REQUEST.target.size >= 12 and memcmp(data + REQUEST.target.at, RESERVED_PATHS, 12) == 0:
             return False
         if fields.present >> F_AUTHORIZATION & 1 and find_bearer(

@@ -306,7 +306,10 @@ class Relay:
         upgrade = self._is_upgrade(request)
         inject = h.forwarded_fields(context.client.address, request[SCHEME], request.host.encode("latin-1"))
         inject += self._signer.fields(grant, context.at)
-        source: h.RawHeaders = request.raw_headers
+        counted = h.one_hop_fewer(request.method, request.raw_headers)
+        if counted is None:
+            return web.Response(status=204)
+        source: h.RawHeaders = counted
         if self._plugins.filters:
             try:
                 edits = await self._plugins.on_request(context)

@@ -354,6 +354,35 @@ DUTIES: tuple[Duty, ...] = (
     Duty("chunks without a byte", "RFC 9112, 7.1", (CHUNKED,), "POST", body=b"0\r\n\r\n"),
     Duty("PROPFIND", "RFC 4918", ("Depth: 1",), "PROPFIND", received={"Depth": ("1",)}),
     Duty("OPTIONS", "RFC 9110, 9.3.7", (), "OPTIONS"),
+    Duty(
+        "Max-Forwards is counted down",
+        "RFC 9110, 7.6.2",
+        ("Max-Forwards: 7",),
+        "OPTIONS",
+        received={"Max-Forwards": ("6",)},
+    ),
+    Duty(
+        "Max-Forwards of other methods stays",
+        "RFC 9110, 7.6.2",
+        ("Max-Forwards: 0",),
+        received={"Max-Forwards": ("0",)},
+        origins=("nginx", "node", "aiohttp", "uvicorn"),  # Apache refuses it
+    ),
+    Duty(
+        "Max-Forwards that has run out is answered here",
+        "RFC 9110, 7.6.2",
+        ("Max-Forwards: 0",),
+        "OPTIONS",
+        status=204,
+        content=b"",
+        answer={"X-Seen": ()},
+    ),
+    Duty(
+        "a target that begins with //",
+        "RFC 3986, 3.3",
+        target="//evil.example/x",
+        origins=("nginx", "node", "uvicorn"),
+    ),
     Duty("an empty line before", "RFC 9112, 2.2", method="\r\nGET"),
     Duty(
         "Expect: 100-continue is answered here",
