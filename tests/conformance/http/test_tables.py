@@ -43,7 +43,7 @@ def board(world: World) -> Iterator[None]:
         if DONE[kind]:  # some of the tests may have been selected
             row(
                 name,
-                f"{len(table)} rows, both lanes, plain and TLS",  # type: ignore[arg-type]
+                f"{len(table)} rows, both lanes, plain and TLS",
                 f"{len(DONE[kind])} pass",
                 "all",
                 ok=True,
