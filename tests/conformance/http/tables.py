@@ -360,6 +360,7 @@ DUTIES: tuple[Duty, ...] = (
         ("Max-Forwards: 7",),
         "OPTIONS",
         received={"Max-Forwards": ("6",)},
+        origins=("nginx", "node", "aiohttp", "uvicorn"),  # Apache, a proxy here, counts as well
     ),
     Duty(
         "Max-Forwards of other methods stays",
