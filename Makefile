@@ -16,7 +16,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-apps check format screenshots bench bench-quick bench-smoke bench-tunnel report faults \
-	conformance plugins choosers fuzz fuzz-http-asan fuzz-asan build clean
+	conformance plugins choosers fuzz fuzz-fields fuzz-http-asan fuzz-asan build clean
 
 help:
 	@echo "make demo         share the bundled sample dashboard and print the link"
@@ -34,6 +34,7 @@ help:
 	@echo "make bench        all benchmarks, twenty minutes: benchmarks/report.md"
 	@echo "make bench-smoke  whether the benchmarks run; measures nothing"
 	@echo "make fuzz         scanner against llhttp, ten million cases, four minutes (FUZZ_CASES, FUZZ_SEED)"
+	@echo "make fuzz-fields  cookies, forwarded addresses, paths, chunks (60 s each; FUZZ_SECONDS=3600 for long)"
 	@echo "make fuzz-http-asan  the scanner's tests and a million cases under AddressSanitizer"
 	@echo "make screenshots  renew the pictures in docs/screenshots (needs chromium)"
 	@echo "make build        sdist and wheel in dist/"
@@ -133,6 +134,10 @@ FUZZ_TESTS := tests/speedups/test_http1.py tests/speedups/test_http1_differentia
 fuzz: FUZZ_CASES ?= 10000000
 fuzz: $(VENV)/extra-test
 	GUESTPASS_FUZZ_CASES=$(FUZZ_CASES) GUESTPASS_FUZZ_SEED=$(FUZZ_SEED) $(BIN)/pytest -q tests/speedups/test_http1_differential.py
+
+# A finding is printed as the input; it belongs into tests/corpus/fields.
+fuzz-fields: $(VENV)/extra-test
+	FUZZ_SECONDS=$(FUZZ_SECONDS) GUESTPASS_FUZZ_SEED=$(FUZZ_SEED) $(BIN)/pytest -q tests/fuzz/test_fields.py
 
 # With gcc and its libasan and libubsan (Debian: gcc).
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined

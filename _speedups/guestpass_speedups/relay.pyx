@@ -46,6 +46,7 @@ a limit, in time or number, goes to `limited` of front.py by the limit's name in
 import asyncio
 import time
 import weakref
+from email.utils import formatdate
 
 from cython cimport final
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -68,7 +69,9 @@ from guestpass_speedups.http1 cimport (
     CHUNK_TRAILER,
     E_TOO_LARGE,
     F_AUTHORIZATION,
+    F_DATE,
     F_HOST,
+    F_MAX_FORWARDS,
     F_ORIGIN,
     F_SEC_FETCH_SITE,
     F_UPGRADE,
@@ -179,7 +182,7 @@ cdef RequestHead REQUEST
 cdef ResponseHead RESPONSE
 cdef uint8_t[WRITE_ROOM] REQUEST_OUT
 cdef uint8_t[INJECT_MAX] INJECT
-# The answer's head that waits for the body bytes of its frame: see Lane.head_for. 256 for framing and Connection.
+# The answer's head that waits for the body bytes of its frame: see Lane.head_for. 256 for Date, framing and Connection.
 cdef uint8_t[WRITE_ROOM + 256] HEAD_OUT
 
 # The status in the access log of a request whose visitor went, or was cut off, before the answer began: nginx's.
@@ -351,6 +354,7 @@ cdef class Lane:
     cdef uint8_t *buffer
     cdef double now
     cdef double wall_offset         # seconds since the epoch at monotonic 0; looked at once a second
+    cdef bytes date                 # a complete line, of the same look
     cdef uint64_t ways              # rises whenever a tunnel comes, goes, or learns what is well
     cdef list dirty                 # connections with output in their queue
     cdef bint flush_due
@@ -392,7 +396,7 @@ cdef class Lane:
         self.dirty = []
         self.ways = 1
         self.now = monotonic()
-        self.wall_offset = wall_clock() - self.now
+        self._look_at_the_clock()
         self.n_bounds = len(buckets)
         if self.n_bounds > BUCKETS_MAX:
             raise ValueError(f"more than {BUCKETS_MAX} buckets")
@@ -409,8 +413,12 @@ cdef class Lane:
 
     def _ticked(self):
         self._timer = self.loop.call_later(1.0, self._ticked)
-        self.wall_offset = wall_clock() - monotonic()
+        self._look_at_the_clock()
         self.tick(monotonic())
+
+    def _look_at_the_clock(self):
+        self.wall_offset = wall_clock() - monotonic()
+        self.date = f"Date: {formatdate(usegmt=True)}\r\n".encode("ascii")
 
     def tick(self, double now):
         """Carries out the time limits that have passed at `now` (monotonic)."""
@@ -781,6 +789,9 @@ cdef class FastStream(Stream):
             return self._end_of_body(NULL, 0) if fin else 0
         if self.upgrade and not self.ended:
             self.send_raw(NULL, 0, True)    # declined: there is no body
+        if not RESPONSE.fields.present >> F_DATE & 1:   # RFC 9110, 6.6.1
+            memcpy(out + written, PyBytes_AS_STRING(lane.date), PyBytes_GET_SIZE(lane.date))
+            written += PyBytes_GET_SIZE(lane.date)
         bodiless = self.to_head or self.status == 204 or self.status == 304
         keep_alive = connection.keep_alive and connection.framing == BODY_NONE
         if RESPONSE.has_length:
@@ -1350,6 +1361,8 @@ cdef class Connection:
         cdef double now
         if data[REQUEST.target.at] != c"/":
             return False
+        if REQUEST.method_id == M_OPTIONS and fields.present >> F_MAX_FORWARDS & 1:
+            return False            # the relay counts
         if REQUEST.target.size >= 12 and memcmp(data + REQUEST.target.at, RESERVED_PATHS, 12) == 0:
             return False
         if fields.present >> F_AUTHORIZATION & 1 and find_bearer(

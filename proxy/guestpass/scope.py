@@ -20,8 +20,8 @@ MAX_PATTERN = 1024
 METHOD = re.compile(r"[A-Z][A-Z-]{0,31}|\*")
 
 # What servers disagree on: encoded dots, slashes, backslashes, percent signs and NULs, path parameters, empty and dot
-# segments, backslashes; what only a decoder that takes overlong UTF-8 would read as one of these; and percent signs that
-# begin no byte: %u002e is a dot to some.
+# segments, backslashes; what only a decoder that takes overlong UTF-8 would read as one of these; and percent signs
+# that begin no byte: %u002e is a dot to some.
 AMBIGUOUS = re.compile(
     r"%2e|%2f|%5c|%25|%00|%c[01]|%e0%[89]|%f0%8|%(?![0-9a-f]{2})|[;\\]|//|(?:^|/)\.\.?(?:/|$)", re.IGNORECASE
 )

@@ -184,6 +184,22 @@ def test_bearer() -> None:
     assert h.bearer([(b"Authorization", b"Bearer gp_x"), (b"Authorization", b"Bearer gp_x")], "gp_") is None
 
 
+@pytest.mark.parametrize(
+    ("method", "value", "left"),
+    [
+        ("OPTIONS", b"3", b"2"),
+        ("OPTIONS", b"1", b"0"),
+        ("OPTIONS", b"0", None),
+        ("OPTIONS", b"x", b"x"),
+        ("OPTIONS", b"-1", b"-1"),
+        ("GET", b"0", b"0"),
+    ],
+)
+def test_max_forwards(method: str, value: bytes, left: bytes | None) -> None:
+    counted = h.one_hop_fewer(method, [HOST, (b"MAX-Forwards", value)])
+    assert counted == (None if left is None else [HOST, (b"MAX-Forwards", left)])
+
+
 TRUSTED = (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fd00::/8"))
 
 
@@ -195,6 +211,8 @@ TRUSTED = (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fd00::/8"))
         ("::ffff:10.0.0.1", b"198.51.100.2", "198.51.100.2"),
         ("10.0.0.1", b"6.6.6.6, 198.51.100.2, 10.0.0.2", "198.51.100.2"),
         ("10.0.0.1", b"garbage", "10.0.0.1"),
+        ("10.0.0.1", b'fe80::1%";for=evil', "10.0.0.1"),
+        ("10.0.0.1", b"198.51.100.2, fd00::1%\xff", "10.0.0.1"),
         ("fd00::1", b"[2001:db8::5]", "2001:db8::5"),
         ("10.0.0.1", b"", "10.0.0.1"),
     ],

@@ -221,6 +221,18 @@ def request_head(
     return head
 
 
+def one_hop_fewer(method: str, headers: RawHeaders) -> RawHeaders | None:
+    """The fields with Max-Forwards counted down, which is for OPTIONS (and TRACE, which is not proxied); None when it
+    was 0 and whoever has the request is to answer it (RFC 9110 §7.6.2). What is no number counts nothing."""
+    found = values(headers, b"max-forwards") if method == "OPTIONS" else []
+    if len(found) != 1 or not CONTENT_LENGTH.fullmatch(found[0]):
+        return headers
+    left = int(found[0]) - 1
+    if left < 0:
+        return None
+    return [(k, b"%d" % left if k.lower() == b"max-forwards" else v) for k, v in headers]
+
+
 def forwarded_fields(client: str, scheme: str, host: bytes) -> bytes:
     """X-Forwarded-*, Forwarded and Via as complete lines. The edge is the first proxy that counts: what came in under
     these names was either from a trusted proxy (then `client` already is what it said) or dropped."""
@@ -250,11 +262,14 @@ def client_address(
         for h in v.decode("ascii", "replace").split(",")
     ]
     while hops and within(address, networks):
-        candidate = hops.pop()
         try:
-            address = str(ipaddress.ip_address(candidate.strip("[]")))
+            hop = ipaddress.ip_address(hops.pop().strip("[]"))
         except ValueError:
             break
+        # A zone may hold any text ("fe80::1%…"), and says nothing outside of the machine that it is of.
+        if isinstance(hop, ipaddress.IPv6Address) and hop.scope_id is not None:
+            break
+        address = str(hop)
     return address
 
 

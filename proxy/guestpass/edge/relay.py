@@ -26,6 +26,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from email.utils import formatdate
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -371,7 +372,10 @@ class Relay:
         upgrade = self._is_upgrade(request)
         inject = h.forwarded_fields(context.client.address, request[SCHEME], request.host.encode("latin-1"))
         inject += self._signer.fields(grant, context.at)
-        source: h.RawHeaders = request.raw_headers
+        counted = h.one_hop_fewer(request.method, request.raw_headers)
+        if counted is None:
+            return web.Response(status=204)
+        source: h.RawHeaders = counted
         if grant.static is not None:
             source = [(k, v) for k, v in source if k.lower() not in grant.static.removed]
             inject += grant.static.added
@@ -621,6 +625,8 @@ class Relay:
         else:
             framing = b""
             keep_alive = keep_alive and bodiless  # HTTP/1.0: the end of the connection ends the body
+        if not h.values(head.fields, b"date"):  # RFC 9110, 6.6.1
+            framing = b"Date: %b\r\n" % formatdate(usegmt=True).encode("ascii") + framing
         await _write(request, h.response_head(head, framing, keep_alive=keep_alive, http11=http11))
 
         expected = 0 if bodiless else length

@@ -33,7 +33,7 @@ AT_ONCE = 8
 # What is not complete is waited for so long.
 PATIENCE = 0.5
 EMPTY = hashlib.sha256().hexdigest()
-# More than any pool keeps at once.
+# More than there were at once, so more than are pooled.
 SWEEP = 40
 
 
@@ -45,10 +45,6 @@ class Tally:
     again: int = 0
     """Requests on a pooled connection that a vector had been on."""
     desyncs: list[str] = field(default_factory=list)
-
-
-def lane_of(number: int) -> str:
-    return LANES[number % 2]
 
 
 def scheme_of(number: int) -> str:

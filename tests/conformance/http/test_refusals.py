@@ -49,17 +49,68 @@ REFUSALS = (
     Refusal("large head", 431, lambda it: it.head(RAW, "GET", "/", "A: " + "a" * 20000), refused(431)),
     Refusal("long target", 414, lambda it: it.head(RAW, "GET", "/" + "a" * 20000), refused(414)),
     Refusal("version", 505, lambda it: it.head(RAW, "GET", "/", version="HTTP/3.0"), refused(505)),
-    Refusal("malformed body", 400, lambda it: it.head(RAW, "POST", "/", "Transfer-Encoding: chunked") + b"x\r\n", refused(400)),
+    Refusal(
+        "malformed body",
+        400,
+        lambda it: it.head(RAW, "POST", "/", "Transfer-Encoding: chunked") + b"x\r\n",
+        refused(400),
+    ),
     Refusal("unknown host", 421, lambda it: bare("GET / HTTP/1.1", "Host: rebound.example"), refused(421)),
-    Refusal("unknown share", 421, lambda it: bare("GET / HTTP/1.1", f"Host: nothing.localhost:{it.port}", "Authorization: Bearer gp_x"), refused(421)),
+    Refusal(
+        "unknown share",
+        421,
+        lambda it: bare("GET / HTTP/1.1", f"Host: nothing.localhost:{it.port}", "Authorization: Bearer gp_x"),
+        refused(421),
+    ),
     Refusal("nobody", 401, lambda it: bare("GET / HTTP/1.1", f"Host: {it.host(RAW)}"), refused(401)),
-    Refusal("wrong token", 401, lambda it: bare("GET / HTTP/1.1", f"Host: {it.host(RAW)}", "Authorization: Bearer gp_x"), refused(401)),
-    Refusal("another share's token", 401, lambda it: it.head(RAW, "GET", "/", "Connection: close").replace(it.token(RAW).encode(), it.token("node").encode()), refused(401)),
-    Refusal("beyond the scope", 403, lambda it: it.head(f"{RAW}-limited", "GET", "/x", "Connection: close"), refused(403)),
-    Refusal("beyond the gateway's rules", 403, lambda it: it.head(f"{RAW}-guarded", "GET", "/x", "Connection: close"), ("guestpass_requests_total", {"service": f"{RAW}-limited", "code_class": "4xx"})),
+    Refusal(
+        "wrong token",
+        401,
+        lambda it: bare("GET / HTTP/1.1", f"Host: {it.host(RAW)}", "Authorization: Bearer gp_x"),
+        refused(401),
+    ),
+    Refusal(
+        "a token as a cookie",
+        401,
+        lambda it: bare(
+            "GET / HTTP/1.1", f"Host: {it.host(RAW)}", f"Cookie: __Host-guestpass={it.token(RAW)}"
+        ),
+        refused(401),
+    ),
+    Refusal(
+        "a token twice",
+        401,
+        lambda it: it.head(RAW, "GET", "/", f"Authorization: Bearer {it.token(RAW)}", "Connection: close"),
+        refused(401),
+    ),
+    Refusal(
+        "another share's token",
+        401,
+        lambda it: it.head(RAW, "GET", "/", "Connection: close").replace(
+            it.token(RAW).encode(), it.token("node").encode()
+        ),
+        refused(401),
+    ),
+    Refusal(
+        "beyond the scope",
+        403,
+        lambda it: it.head(f"{RAW}-limited", "GET", "/x", "Connection: close"),
+        refused(403),
+    ),
+    Refusal(
+        "beyond the gateway's rules",
+        403,
+        lambda it: it.head(f"{RAW}-guarded", "GET", "/x", "Connection: close"),
+        ("guestpass_requests_total", {"service": f"{RAW}-limited", "code_class": "4xx"}),
+    ),
     Refusal("no answer", 502, lambda it: it.head(RAW, "GET", raw(b""), "Connection: close"), failed("5xx")),
-    Refusal("not an answer", 502, lambda it: it.head(RAW, "POST", raw(b"hello\r\n\r\n"), "Content-Length: 0", "Connection: close"), failed("5xx")),
-)  # fmt: skip
+    Refusal(
+        "not an answer",
+        502,
+        lambda it: it.head(RAW, "POST", raw(b"hello\r\n\r\n"), "Content-Length: 0", "Connection: close"),
+        failed("5xx"),
+    ),
+)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -46,7 +46,8 @@ AMBIGUOUS = (
     + ("/limited/..%2fsecret", "/limited/%2f..%2fsecret", "/limited%2fx", "/limited/x%2F", "/limited/..\\secret")
     + ("/limited/..%5csecret", "/limited/%5C", "/limited\\x", "/limited/..;/secret", "/limited/x;y", "/limited;/x")
     + ("/limited/%252e%252e/secret", "/limited/%25", "/limited/x%00", "/limited/x%00/../../secret")
-    + ("/limited/%c0%ae%c0%ae/secret", "/limited/%c0%af", "/limited/%C1%9C", "/limited/%e0%80%ae", "/limited/%f0%80%80%ae")
+    + ("/limited/%c0%ae%c0%ae/secret", "/limited/%c0%af", "/limited/%C1%9C", "/limited/%e0%80%ae")
+    + ("/limited/%f0%80%80%ae",)
     + ("/limited/%u002e%u002e/secret", "/limited/%", "/limited/%2", "/limited/%zz", "/limited/x%0")
 )  # fmt: skip
 

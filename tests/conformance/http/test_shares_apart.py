@@ -4,8 +4,8 @@ They are siblings, so a browser counts them as one site: SameSite cookies go alo
 domain of both. What keeps them apart is that each is an origin of its own (which the browser enforces), that our
 cookies are __Host- (which it enforces too), and that the edge looks where an unsafe request or an upgrade comes from.
 
-The application counts what reaches it, for each share; whether an attempt was accepted is read there and in the browser.
-Everything that a neighbour tries, the share's own page does as well, and there it must work.
+The application counts what reaches it, for each share; whether an attempt was accepted is read there and in the
+browser. Everything that a neighbour tries, the share's own page does as well, and there it must work.
 """
 
 from __future__ import annotations
@@ -200,7 +200,9 @@ SOCKET = """([other]) => new Promise((done) => {
   socket.onmessage = (event) => done(event.data === "secret");
   socket.onerror = socket.onclose = () => done(false);
 })"""
-BEACON = """([other]) => navigator.sendBeacon(other + "/act", "x") && new Promise((done) => setTimeout(done, 500, false))"""
+BEACON = """([other]) =>
+  navigator.sendBeacon(other + "/act", "x") && new Promise((done) => setTimeout(done, 500, false))
+"""
 FORM = """([other, method, encoding]) => new Promise((done) => {
   const frame = document.createElement("iframe");
   frame.name = "target";
@@ -224,13 +226,14 @@ FRAME = """([other]) => new Promise((done) => {
   document.body.append(frame);
 })"""
 RELAXED = (
-    """([other, domain]) => { try { document.domain = domain; } catch {} return (%s)([other]); }""" % FRAME
+    "([other, domain]) => { try { document.domain = domain; } catch {} return (" + FRAME + ")([other]); }"
 )
 WORKER = """async ([other]) => {
   try { await navigator.serviceWorker.register(other + "/worker.js"); return true; } catch { return false; }
 }"""
 WIDER = """async () => {
-  try { await navigator.serviceWorker.register("/deep/worker.js", { scope: "/" }); return true; } catch { return false; }
+  try { await navigator.serviceWorker.register("/deep/worker.js", { scope: "/" }); return true; }
+  catch { return false; }
 }"""
 
 ACTS: dict[str, tuple[str, list[Any]]] = {

@@ -38,8 +38,8 @@ SCHEMES = ("plain", "tls")
 START_SECONDS = 40.0
 # For an answer; nothing here takes a tenth of it on a machine that has time.
 ANSWER_SECONDS = 20.0
-# Shares of every origin: NAME is whole; NAME-limited has these rules at the edge, and the gateway has much the same ones
-# for its service; NAME-guarded has only the gateway's.
+# Shares of every origin: NAME is whole; NAME-limited has these rules at the edge, and the gateway has much the same
+# ones for its service; NAME-guarded has only the gateway's.
 SCOPE = ("GET /limited/**", "POST /limited/*/comments")
 ERROR_ID = re.compile(rb"Error id: ([0-9a-f]{8})")
 
@@ -98,7 +98,8 @@ def cut(data: bytes, methods: Sequence[str]) -> list[Answer]:
         fields = []
         for line in lines:
             name, colon, value = line.partition(":")
-            assert colon and re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name), f"not a field: {line!r}"
+            assert colon, f"not a field: {line!r}"
+            assert re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name), f"not a field: {line!r}"
             fields.append((name, value.strip(" \t")))
         status = int(match[1])
         head = Answer(status, tuple(fields), b"")
@@ -264,7 +265,8 @@ class World:
     def settled(self, before: dict[str, int], started: dict[str, float]) -> None:
         """After a group of tests: everybody lives, no stream is open, no descriptor was kept."""
         for name, process in self.processes().items():
-            assert process.is_running() and process.create_time() == started[name], f"{name} died"
+            alive = process.is_running() and process.create_time() == started[name]
+            assert alive, f"{name} died"
         for lane in self.lanes.values():
             wait_until(
                 f"no stream is open ({lane.name} lane)",

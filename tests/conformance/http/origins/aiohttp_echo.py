@@ -32,7 +32,7 @@ async def echo(request: web.Request) -> web.Response:
 
 
 if __name__ == "__main__":
-    log = Path(sys.argv[3]).open("ab", buffering=0)
+    log = Path(sys.argv[3]).open("ab", buffering=0)  # noqa: SIM115 - as long as the program
     app = web.Application(client_max_size=1 << 24)
     app.router.add_route("*", "/{tail:(?s:.*)}", echo)
     web.run_app(

@@ -69,5 +69,5 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    log = Path(sys.argv[3]).open("ab", buffering=0)
+    log = Path(sys.argv[3]).open("ab", buffering=0)  # noqa: SIM115 - as long as the program
     asyncio.run(main())

@@ -52,7 +52,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 
 if __name__ == "__main__":
-    log = Path(sys.argv[3]).open("ab", buffering=0)
+    log = Path(sys.argv[3]).open("ab", buffering=0)  # noqa: SIM115 - as long as the program
     uvicorn.run(
         echo,
         host="127.0.0.1",
