@@ -779,6 +779,8 @@ cdef class FastStream(Stream):
         if fin:
             return self._end_of_body(data, size)
         if connection.timer == T_UPGRADE:
+            if self.session.now > connection.lane.now:
+                connection.lane.now = self.session.now
             connection._wait(T_UPGRADE)
         connection._give(data, size, self.chunked, False)
         return 0
@@ -1873,6 +1875,7 @@ cdef class Connection:
     def slow_moved(self):
         """aiohttp has written something."""
         if self.timer == T_UPGRADE:
+            self.lane.now = monotonic()
             self._wait(T_UPGRADE)
 
     def slow_finished(self):
