@@ -15,6 +15,7 @@ from guestpass.config import (
     EdgeSection,
     GatewayConfig,
     GatewaySection,
+    Limits,
     Mail,
     PluginSection,
     Service,
@@ -56,6 +57,7 @@ def keys(model: type[BaseModel]) -> set[str]:
     ("page", "heading", "model"),
     [
         ("edge.md", "`[edge]`", EdgeSection),
+        ("edge.md", "`[limits]`", Limits),
         ("edge.md", "`[mail]`", Mail),
         ("gateway.md", "`[gateway]`", GatewaySection),
         ("gateway.md", "`[services.NAME]`", Service),
@@ -69,6 +71,7 @@ def test_every_key_is_documented_and_no_other(page: str, heading: str, model: ty
     ("page", "heading", "model"),
     [
         ("edge.md", "`[edge]`", EdgeSection),
+        ("edge.md", "`[limits]`", Limits),
         ("gateway.md", "`[gateway]`", GatewaySection),
         ("gateway.md", "`[services.NAME]`", Service),
     ],
@@ -133,6 +136,7 @@ def test_plugin_sections_and_their_defaults() -> None:
 
 def test_every_metric_is_documented() -> None:
     metrics = Metrics()
+    metrics.watch_access_log(lambda: 0)
     metrics.watch(
         grants=lambda: 0, streams=lambda: 0, tunnels=lambda: [("s", "g", 1, 0.1)], tunnel_bytes=lambda: (0, 0)
     )
