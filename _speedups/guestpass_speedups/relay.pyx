@@ -635,7 +635,7 @@ cdef class FastStream(Stream):
         self.connection = None
         if connection is not None:
             if self.begun is not None:
-                self._log(connection)
+                self._log(connection, self.whole)
             self.load.streams -= 1
             connection.stream = None
             connection._revoked()
@@ -649,17 +649,18 @@ cdef class FastStream(Stream):
         self._forget_request()
         if connection is not None:
             if self.begun is not None:
-                self._log(connection)
+                # Either side may end an upgraded connection; only a revocation breaks it off.
+                self._log(connection, self.whole or self.status == 101)
             self.load.streams -= 1
             connection.stream = None
         self.grant_.streams.discard(self)
         return 0
 
     @final
-    cdef int _log(self, Connection connection) except -1:
+    cdef int _log(self, Connection connection, bint complete) except -1:
         cdef Lane lane = connection.lane
         lane._ended(self.begun, self.status if self.status else VISITOR_WENT, connection.received, self.counted,
-                    lane.now - self.started, self.whole)
+                    lane.now - self.started, complete)
         self.begun = None
         return 0
 
@@ -851,7 +852,6 @@ cdef class FastStream(Stream):
         cdef bint keep_alive = self.keep_alive
         if self.status == 101:
             keep_alive = False
-            self.whole = True
         else:
             self._count(self.status)
         if connection.paused and connection.unconsumed:

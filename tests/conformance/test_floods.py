@@ -86,7 +86,7 @@ FLOODS = (
     ),
     Flood(
         "connections",
-        "800 connections of one address in a second",
+        "800 connections of one address, 400 a second",
         800,
         ("200", "429 connections_per_client", "429 streams_per_session", "cut"),
         "429 connections_per_client",

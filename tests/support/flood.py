@@ -25,8 +25,8 @@ SOURCE = ("127.0.0.2", 0)
 RESET = struct.pack("ii", 1, 0)
 PING = b"\x89\x84\x01\x02\x03\x04" + bytes(4)
 
-# They come one after another: what a crowd at a door costs, an attacker pays by the connection like anybody else.
-ARRIVALS = 200.0  # a second
+# Connections come at this rate when they are what is flooded with, a second; all others come during the first half.
+ARRIVALS = 400.0
 
 # Whoever is not answered so long after the end was kept.
 GRACE_SECONDS = 8.0
@@ -144,7 +144,7 @@ async def endless_upload(visitor: Visitor) -> str:
     answer = asyncio.ensure_future(visitor.answer())
     piece = b"4000\r\n" + bytes(0x4000) + b"\r\n"
     with contextlib.suppress(ConnectionError):
-        while visitor.going and not answer.done():
+        while not answer.done():
             visitor.writer.write(piece)
             await visitor.writer.drain()
             await asyncio.sleep(0.01)
@@ -221,7 +221,7 @@ async def main(kind: str, port: int, count: int, seconds: float, host: str, toke
 
     async def one(number: int) -> str:
         visitor = Visitor(port, host, token, until)
-        await asyncio.sleep(number / (4 * ARRIVALS if kind == "connections" else ARRIVALS))
+        await asyncio.sleep(number / ARRIVALS if kind == "connections" else number / count * seconds / 2)
         try:
             return await KINDS[kind](visitor)
         except (OSError, EOFError):

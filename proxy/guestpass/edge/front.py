@@ -348,7 +348,7 @@ class Front(Connection, asyncio.BufferedProtocol):
         return self._client(peer) if peer else None
 
     def _client(self, address: str) -> Client | None:
-        if h.within(address, self.house.trusted_proxies):
+        if self.house.trusted_proxies and h.within(address, self.house.trusted_proxies):
             return None
         return self.lane.client(limits.client_of(address))
 

@@ -240,7 +240,9 @@ class Relay:
             grant, live = request.get(GRANT), request.get(LIVE)
             stream = None
             if isinstance(live, Live) and live.status:
-                status, complete, stream = live.status, live.whole, live.stream
+                # Either side may end an upgraded connection; only a revocation breaks it off.
+                complete = live.whole if live.status != 101 else not live.ended
+                status, stream = live.status, live.stream
             begun = lane.begun(
                 who(share_id, grant if isinstance(grant, Grant) else None),
                 request[CLIENT].address,
