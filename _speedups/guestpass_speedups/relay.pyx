@@ -1326,7 +1326,7 @@ cdef class Connection:
         if inject < 0:
             return False
         if self.trusted and self.client is not None and not self._counts():
-            return self._over("connections_per_client", data, n, entry)
+            return self._over("connections_per_client", data, n, None)
         written = write_request_head(
             data, &REQUEST, REQUEST_OUT, INJECT, inject, PyBytes_AS_STRING(lane.bearer), PyBytes_GET_SIZE(lane.bearer))
         if written < 0:
@@ -1656,14 +1656,14 @@ cdef class Connection:
     cdef int _look(self, double now) except -1:
         """Whether the visitor took anything since the last look."""
         if self.transport is None or not (self.paused or self.lane.unsent(self.transport)):
-            del self.lane.stuck[self]
+            self.lane.stuck.pop(self, None)
             return 0
         acked = self.lane.acknowledged(self.transport)
         if acked != self.acked:
             self.acked = acked
             self.acked_at = now
         elif now - self.acked_at >= self.lane.write_seconds:
-            del self.lane.stuck[self]
+            self.lane.stuck.pop(self, None)
             self.limited("write_progress_seconds", None)
         return 0
 
@@ -1763,6 +1763,9 @@ cdef class Connection:
         """The request's body is malformed: its end cannot be known."""
         cdef bint answering = self.stream is not None and self.stream.answering
         if self.phase == P_FAST:
+            if self.stream is not None and not answering:
+                self.stream.status = status
+                self.stream.whole = True
             self._drop_stream(CANCEL)
             if answering:
                 return self._cut(CANCEL)
