@@ -21,6 +21,21 @@ trusted_proxies = ["10.0.0.0/8", "::1/128"]
 workers = 1
 fast_lane = true
 drain_seconds = 30
+access_log = "-"
+access_log_paths = false
+
+[limits]
+head_seconds = 30
+head_bytes = 32768
+body_progress_seconds = 60
+body_bytes = 0
+answer_seconds = 300
+write_progress_seconds = 60
+idle_seconds = 75
+upgrade_idle_seconds = 3600
+connections_per_client = 1024
+streams_per_session = 1024
+streams_per_share = 16384
 
 [mail]
 smtp = "smtp://user:password@host:587?tls=starttls"
@@ -136,7 +151,14 @@ def test_an_empty_edge_file_means_the_defaults(write):
         ('[[authenticate]]\nuss = "email-code"', 'unknown key "authenticate.0.uss"; did you mean "use"?'),
         ("[[authenticate]]\npreset = 1", 'the key "authenticate.0.use" is missing'),
         ('public_url = "https://a.example"', 'unknown key "public_url"; it belongs under [edge]'),
-        ("[edge]\nzzz = 1", 'unknown key "edge.zzz"; known keys: admin_listen, api_key,'),
+        ("[edge]\nzzz = 1", 'unknown key "edge.zzz"; known keys: access_log, access_log_paths, admin'),
+        ("[limits]\nhead = 3", 'unknown key "limits.head"; did you mean "head_bytes"?'),
+        ("[limits]\nidle-seconds = 3", 'unknown key "limits.idle-seconds"; did you mean "idle_seconds"?'),
+        (
+            "[limits]\nstreams_per_sesion = 3",
+            'unknown key "limits.streams_per_sesion"; did you mean "streams_per_session"?',
+        ),
+        ("connections_per_client = 3", 'unknown key "connections_per_client"; it belongs under [limits]'),
         ('[mail]\nfrom = "a@b"', 'the key "mail.smtp" is missing'),
         ('file = "other.toml"', 'unknown key "file"; did you mean "filter"?'),
     ],

@@ -16,6 +16,7 @@ from guestpass.config import (
     EdgeSection,
     GatewayConfig,
     GatewaySection,
+    Limits,
     Mail,
     PluginSection,
     Service,
@@ -60,6 +61,7 @@ def keys(model: type[BaseModel]) -> set[str]:
     ("page", "heading", "model"),
     [
         ("edge.md", "`[edge]`", EdgeSection),
+        ("edge.md", "`[limits]`", Limits),
         ("edge.md", "`[mail]`", Mail),
         ("edge.md", "`[acme]`", AcmeSection),
         ("gateway.md", "`[gateway]`", GatewaySection),
@@ -75,6 +77,7 @@ def test_every_key_is_documented_and_no_other(page: str, heading: str, model: ty
     [
         ("edge.md", "`[edge]`", EdgeSection),
         ("edge.md", "`[acme]`", AcmeSection),
+        ("edge.md", "`[limits]`", Limits),
         ("gateway.md", "`[gateway]`", GatewaySection),
         ("gateway.md", "`[services.NAME]`", Service),
     ],
@@ -139,6 +142,7 @@ def test_plugin_sections_and_their_defaults() -> None:
 
 def test_every_metric_is_documented() -> None:
     metrics = Metrics()
+    metrics.watch_access_log(lambda: 0)
     metrics.watch(
         grants=lambda: 0,
         streams=lambda: 0,

@@ -691,7 +691,7 @@ cdef class FastStream(Stream):
         self.connection = None
         if connection is not None:
             if self.begun is not None:
-                self._log(connection)
+                self._log(connection, self.whole)
             self.load.streams -= 1
             connection.stream = None
             connection._revoked()
@@ -705,17 +705,18 @@ cdef class FastStream(Stream):
         self._forget_request()
         if connection is not None:
             if self.begun is not None:
-                self._log(connection)
+                # Either side may end an upgraded connection; only a revocation breaks it off.
+                self._log(connection, self.whole or self.status == 101)
             self.load.streams -= 1
             connection.stream = None
         self.grant_.streams.discard(self)
         return 0
 
     @final
-    cdef int _log(self, Connection connection) except -1:
+    cdef int _log(self, Connection connection, bint complete) except -1:
         cdef Lane lane = connection.lane
         lane._ended(self.begun, self.status if self.status else VISITOR_WENT, connection.received, self.counted,
-                    lane.now - self.started, self.whole)
+                    lane.now - self.started, complete)
         self.begun = None
         return 0
 
@@ -840,6 +841,8 @@ cdef class FastStream(Stream):
         if fin:
             return self._end_of_body(data, size)
         if connection.timer == T_UPGRADE:
+            if self.session.now > connection.lane.now:
+                connection.lane.now = self.session.now
             connection._wait(T_UPGRADE)
         connection._give(data, size, self.chunked, False)
         return 0
@@ -910,7 +913,6 @@ cdef class FastStream(Stream):
         cdef bint keep_alive = self.keep_alive
         if self.status == 101:
             keep_alive = False
-            self.whole = True
         else:
             self._count(self.status)
         if connection.paused and connection.unconsumed:
@@ -1397,7 +1399,7 @@ cdef class Connection:
         if inject < 0 or not self._limits(entry):
             return False
         if self.trusted and self.client is not None and not self._counts():
-            return self._over("connections_per_client", data, n, entry)
+            return self._over("connections_per_client", data, n, None)
         for name in entry.removed:
             mark_nominated(data, fields, <const uint8_t *> PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name))
         written = write_request_head(
@@ -1789,14 +1791,14 @@ cdef class Connection:
     cdef int _look(self, double now) except -1:
         """Whether the visitor took anything since the last look."""
         if self.transport is None or not (self.paused or self.lane.unsent(self.transport)):
-            del self.lane.stuck[self]
+            self.lane.stuck.pop(self, None)
             return 0
         acked = self.lane.acknowledged(self.transport)
         if acked != self.acked:
             self.acked = acked
             self.acked_at = now
         elif now - self.acked_at >= self.lane.write_seconds:
-            del self.lane.stuck[self]
+            self.lane.stuck.pop(self, None)
             self.limited("write_progress_seconds", None)
         return 0
 
@@ -1896,6 +1898,9 @@ cdef class Connection:
         """The request's body is malformed: its end cannot be known."""
         cdef bint answering = self.stream is not None and self.stream.answering
         if self.phase == P_FAST:
+            if self.stream is not None and not answering:
+                self.stream.status = status
+                self.stream.whole = True
             self._drop_stream(CANCEL)
             if answering:
                 return self._cut(CANCEL)
@@ -2009,6 +2014,7 @@ cdef class Connection:
     def slow_moved(self):
         """aiohttp has written something."""
         if self.timer == T_UPGRADE:
+            self.lane.now = monotonic()
             self._wait(T_UPGRADE)
 
     def slow_finished(self):

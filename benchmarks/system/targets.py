@@ -376,6 +376,12 @@ share_domain = "{domain}"
 tls = {{ cert = "{certificate}", key = "{key}" }}
 fast_lane = {str(fast_lane).lower()}
 drain_seconds = 0
+
+# Everything comes from one address and one session.
+[limits]
+connections_per_client = 100000
+streams_per_session = 100000
+streams_per_share = 100000
 """,
         "utf-8",
     )

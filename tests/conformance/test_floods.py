@@ -86,7 +86,7 @@ FLOODS = (
     ),
     Flood(
         "connections",
-        "800 connections of one address",
+        "800 connections of one address, 400 a second",
         800,
         ("200", "429 connections_per_client", "429 streams_per_session", "cut"),
         "429 connections_per_client",
@@ -116,7 +116,7 @@ FLOODS = (
         "413 body_bytes",
         "body_bytes",
     ),
-    Flood("resets", "80 visitors ask and reset, ten times a second each", 80, ("reset",), "reset"),
+    Flood("resets", "80 visitors ask and reset, 200 times a second", 80, ("reset",), "reset"),
     Flood("pings", "30 WebSockets, 10,000 pings a second each", 30, ("cut",), "cut", "upgrade_idle_seconds"),
     Flood("idle_upgrades", "90 idle upgrades", 90, ("cut",), "cut", "upgrade_idle_seconds"),
 )

@@ -10,7 +10,7 @@ import pytest
 import uvloop
 
 BOTH = {"test_fast_lane.py", "test_front.py"}
-UVLOOP = {"test_relay.py", "test_siblings.py", "test_tls.py"}
+UVLOOP = {"test_access_log.py", "test_limits.py", "test_relay.py", "test_siblings.py", "test_tls.py"}
 
 
 def pytest_asyncio_loop_factories(

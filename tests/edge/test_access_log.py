@@ -147,6 +147,26 @@ async def test_refused_and_unreachable(app: Application, tmp_path: Path, lane: s
 
 
 @pytest.mark.parametrize("lane", LANES)
+async def test_bodies_that_are_not_taken(app: Application, tmp_path: Path, lane: str) -> None:
+    path = tmp_path / "access.log"
+    config = {"limits": {"body_progress_seconds": 1, "body_bytes": 1000}}
+    async with running(tmp_path, app.url, lane=lane, edge={"access_log": str(path)}, config=config) as stack:
+        for body, status in (
+            (b"x\r\n", 400),
+            (b"5\r\nhello\r\n", 408),
+            (b"3e9\r\n" + bytes(1001) + b"\r\n", 413),
+        ):
+            received = await stack.raw(stack.head("POST", "/y", "Transfer-Encoding: chunked") + body)
+            assert received.startswith(b"HTTP/1.1 %d " % status)
+        found = await logged(stack, path, 3)
+    assert [(line["status"], line["bytes_out"], line["complete"]) for line in found] == [
+        (400, 0, True),
+        (408, 0, True),
+        (413, 0, True),
+    ]
+
+
+@pytest.mark.parametrize("lane", LANES)
 async def test_revoked(app: Application, tmp_path: Path, lane: str) -> None:
     path = tmp_path / "access.log"
     async with running(tmp_path, app.url, lane=lane, edge={"access_log": str(path)}) as stack:

@@ -25,6 +25,9 @@ SOURCE = ("127.0.0.2", 0)
 RESET = struct.pack("ii", 1, 0)
 PING = b"\x89\x84\x01\x02\x03\x04" + bytes(4)
 
+# Connections come at this rate when they are what is flooded with, a second; all others come during the first half.
+ARRIVALS = 400.0
+
 # Whoever is not answered so long after the end was kept.
 GRACE_SECONDS = 8.0
 
@@ -141,7 +144,7 @@ async def endless_upload(visitor: Visitor) -> str:
     answer = asyncio.ensure_future(visitor.answer())
     piece = b"4000\r\n" + bytes(0x4000) + b"\r\n"
     with contextlib.suppress(ConnectionError):
-        while visitor.going and not answer.done():
+        while not answer.done():
             visitor.writer.write(piece)
             await visitor.writer.drain()
             await asyncio.sleep(0.01)
@@ -152,9 +155,9 @@ async def resets(visitor: Visitor) -> str:
     while visitor.going:
         await visitor.connect()
         visitor.writer.write(visitor.head("GET", "/never"))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.2)
         visitor.reset()
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.2)
     return "reset"
 
 
@@ -216,8 +219,9 @@ KINDS: dict[str, Callable[[Visitor], Awaitable[str]]] = {
 async def main(kind: str, port: int, count: int, seconds: float, host: str, token: str) -> None:
     until = asyncio.get_running_loop().time() + seconds
 
-    async def one() -> str:
+    async def one(number: int) -> str:
         visitor = Visitor(port, host, token, until)
+        await asyncio.sleep(number / ARRIVALS if kind == "connections" else number / count * seconds / 2)
         try:
             return await KINDS[kind](visitor)
         except (OSError, EOFError):
@@ -226,7 +230,7 @@ async def main(kind: str, port: int, count: int, seconds: float, host: str, toke
             if hasattr(visitor, "writer"):
                 visitor.writer.transport.abort()
 
-    print(json.dumps(Counter(await asyncio.gather(*(one() for _ in range(count))))), flush=True)
+    print(json.dumps(Counter(await asyncio.gather(*(one(number) for number in range(count))))), flush=True)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,8 @@ class Shim(asyncio.Transport):
         self._transport = transport
         self.awaits_upgrade = False
         """The request asked for one; a 101 makes the rest opaque."""
+        self.told = 0
+        """The status by which the front answered in the handler's place."""
 
     def detach(self) -> None:
         """The handler's connection is over."""
@@ -224,13 +226,14 @@ class Front(Connection, asyncio.BufferedProtocol):
     def lost(self, exc: Exception | None) -> None:
         self._drop_handler(exc)
 
-    def _drop_handler(self, exc: Exception | None) -> None:
+    def _drop_handler(self, exc: Exception | None, told: int = 0) -> None:
         handler, self._handler = self._handler, None
         shim, self._shim = self._shim, None
         if self.handler_paused:
             self.handler_paused = False
             self.slow_reading(True)
         if shim is not None:
+            shim.told = told
             shim.detach()
         if handler is not None:
             handler.connection_lost(exc)
@@ -251,7 +254,7 @@ class Front(Connection, asyncio.BufferedProtocol):
     def bad_body(self, status: int, reason: str) -> None:
         """The body of a request that is with aiohttp is malformed."""
         wrote = self.wrote
-        self._drop_handler(None)
+        self._drop_handler(None, 0 if wrote else status)
         if wrote:
             self.cut()
         else:
@@ -273,7 +276,7 @@ class Front(Connection, asyncio.BufferedProtocol):
         told = limits.TABLE[limit]
         if self.slow and (head is None or not head):
             head = None if self.wrote else head
-            self._drop_handler(None)
+            self._drop_handler(None, 0 if head is None else told.status)
         if head is None or not told.status:
             self.cut_now()
             return told.status
@@ -349,7 +352,7 @@ class Front(Connection, asyncio.BufferedProtocol):
         return self._client(peer) if peer else None
 
     def _client(self, address: str) -> Client | None:
-        if h.within(address, self.house.trusted_proxies):
+        if self.house.trusted_proxies and h.within(address, self.house.trusted_proxies):
             return None
         return self.lane.client(limits.client_of(address))
 

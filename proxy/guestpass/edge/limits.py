@@ -7,6 +7,7 @@ it. A flood must not fill the disk: of each limit there is one line a second at 
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import logging
 import secrets
@@ -20,6 +21,9 @@ log = logging.getLogger("guestpass.edge.limits")
 
 # How often one limit is logged at most, in seconds.
 LOG_SECONDS = 1.0
+
+# Addresses whose client is remembered: half a megabyte.
+CLIENTS_KNOWN = 4096
 
 # Of an IPv6 address so many bits are one client: a network that a provider gives to one line.
 IPV6_PREFIX = 64
@@ -52,6 +56,7 @@ TABLE: dict[str, Refused] = {
 }
 
 
+@functools.lru_cache(CLIENTS_KNOWN)
 def client_of(address: str) -> str:
     """Whom an address is counted for: itself, or its /64; IPv4 inside of IPv6 is IPv4."""
     try:

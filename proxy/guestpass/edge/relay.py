@@ -236,7 +236,7 @@ class Relay:
         if lane is None:
             return await self._handle(request, share_id)
         start = time.perf_counter()
-        status, complete = 0, False
+        status, complete, transport = 0, False, request.transport
         try:
             response = await self._handle(request, share_id)
             status, complete = response.status, True
@@ -245,7 +245,11 @@ class Relay:
             grant, live = request.get(GRANT), request.get(LIVE)
             stream = None
             if isinstance(live, Live) and live.status:
-                status, complete, stream = live.status, live.whole, live.stream
+                # Either side may end an upgraded connection; only a revocation breaks it off.
+                complete = live.whole if live.status != 101 else not live.ended
+                status, stream = live.status, live.stream
+            elif not status and (status := getattr(transport, "told", 0)):
+                complete = True  # by the front
             begun = lane.begun(
                 who(share_id, grant if isinstance(grant, Grant) else None),
                 request[CLIENT].address,
