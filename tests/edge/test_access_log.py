@@ -156,8 +156,15 @@ async def test_bodies_that_are_not_taken(app: Application, tmp_path: Path, lane:
             (b"5\r\nhello\r\n", 408),
             (b"3e9\r\n" + bytes(1001) + b"\r\n", 413),
         ):
-            received = await stack.raw(stack.head("POST", "/y", "Transfer-Encoding: chunked") + body)
-            assert received.startswith(b"HTTP/1.1 %d " % status)
+            reader, writer = await asyncio.open_connection("127.0.0.1", stack.port)
+            writer.write(stack.head("POST", "/y", "Transfer-Encoding: chunked"))
+            # What is refused before the relay has looked at the request has no line.
+            await stack.until(lambda: stack.edge.grants.all_streams == 1, "the stream is open")
+            writer.write(body)
+            async with asyncio.timeout(10):
+                assert (await reader.read()).startswith(b"HTTP/1.1 %d " % status)
+            writer.close()
+            await stack.until(lambda: stack.edge.grants.all_streams == 0, "no stream is left")
         found = await logged(stack, path, 3)
     assert [(line["status"], line["bytes_out"], line["complete"]) for line in found] == [
         (400, 0, True),
