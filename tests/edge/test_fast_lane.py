@@ -12,14 +12,16 @@ import random
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import aiohttp
 import pytest
 from aiohttp import WSMsgType, web
 from support.stack import EMAIL, RawServer, Stack, read_head, running
 
+from guestpass.edge.front import Front
 from guestpass.model import SessionKind
 from guestpass.plugin import Client
 from guestpass_speedups.relay import HELD_LIMIT, Connection
@@ -498,6 +500,88 @@ async def trickle(reader: asyncio.StreamReader, size: int) -> bytes:
         size -= len(part)
         await asyncio.sleep(0.005)
     return b"".join(parts)
+
+
+class Held:
+    """A visitor's transport that keeps what it is given, as if the event loop had not come round to it yet."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.holding = False
+        self.waiting: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if self.holding:
+            self.waiting.append(bytes(data))
+        else:
+            self._transport.write(data)
+
+    def writelines(self, list_of_data: Iterable[bytes]) -> None:
+        for data in list_of_data:
+            self.write(data)
+
+    def get_write_buffer_size(self) -> int:
+        return self._transport.get_write_buffer_size() + sum(map(len, self.waiting))
+
+    def release(self) -> None:
+        self.holding = False
+        self._transport.writelines(self.waiting)
+        self.waiting = []
+
+
+async def test_nothing_overtakes_what_waits_in_the_transport(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel has room again, the transport has not written yet, and the next message comes."""
+    held: list[Held] = []
+    made = Front.connection_made
+
+    def connection_made(self: Front, transport: Any) -> None:
+        held.append(Held(transport))
+        made(self, cast(Any, held[-1]))
+
+    monkeypatch.setattr(Front, "connection_made", connection_made)
+    first, big, last = b"first", random.Random(1).randbytes(16 * MB), b"last"
+    go_on = asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+        for message in (first, big, last):
+            await go_on.wait()
+            go_on.clear()
+            writer.write(message)
+            await writer.drain()
+
+    async with RawServer(talk) as server, running(tmp_path, server.url, lane="fast") as stack:
+        reader, writer = await asyncio.open_connection("127.0.0.1", stack.port, limit=1024)
+        writer.write(stack.head("GET", "/", "Connection: Upgrade", "Upgrade: websocket"))
+        assert (await read_head(reader)).startswith(b"HTTP/1.1 101 ")
+        async with asyncio.timeout(30):
+            go_on.set()
+            assert await reader.readexactly(len(first)) == first
+            transport = held[-1]
+            assert not transport.waiting  # it was not asked
+            transport.holding = True
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            go_on.set()
+            (stream,) = next(iter(stack.edge.grants._by_session.values())).streams
+            await stack.until(lambda: stream.bytes_received == len(first) + len(big), "all of it came")
+            waiting = len(b"".join(transport.waiting))
+            assert waiting
+            writer.transport.resume_reading()  # type: ignore[attr-defined]
+            received = await reader.readexactly(len(big) - waiting)
+            go_on.set()
+            await stack.until(
+                lambda: len(b"".join(transport.waiting)) == waiting + len(last), "the last message waits too"
+            )
+            transport.release()
+            received += await reader.readexactly(waiting + len(last))
+        assert received == big + last
+        writer.close()
 
 
 async def test_answers_past_a_full_transport_stay_in_order(tmp_path: Path) -> None:
