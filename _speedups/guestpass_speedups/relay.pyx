@@ -123,6 +123,8 @@ cdef enum:
     # Admitted or refused paths that a grant with a scope remembers, and the longest that is worth it: 90 KiB a grant.
     ADMITTED_MAX = 256
     ADMITTED_PATH = 256
+    # A message on an upgraded connection up to this size is written at once, as at the gateway (upstream.pyx).
+    SMALL = 4096
     # Pieces of output that are handed to the kernel at once.
     PIECES = 64
     # Buckets of the histogram of durations.
@@ -1617,6 +1619,7 @@ cdef class Connection:
         cdef Py_ssize_t sent = 0
         cdef iovec[4] pieces
         cdef int count
+        cdef bint now
         cdef bytes out
         cdef char *to
         if chunked and size:
@@ -1632,12 +1635,14 @@ cdef class Connection:
                 memcpy(line + line_size, "\r\n0\r\n\r\n", 7)
             else:
                 memcpy(line, "0\r\n\r\n", 5)
-            if last and self.queue is None and self._direct():
+            now = last or (self.phase == P_OPAQUE and size <= SMALL)
+            if now and self.queue is None and self._direct():
                 # HEAD_OUT, line, data, and what ends a chunk and the chunks.
                 count = _piece(pieces, 0, HEAD_OUT, head)
                 count = _piece(pieces, count, line, line_size)
                 count = _piece(pieces, count, data, size)
-                count = _piece(pieces, count, line + line_size, (2 if line_size else 0) + (5 if chunked else 0))
+                count = _piece(
+                    pieces, count, line + line_size, (2 if line_size else 0) + (5 if chunked and last else 0))
                 sent = gp_send(self.fd, pieces, count)
                 if sent == total:
                     return self._credit()
@@ -1652,7 +1657,7 @@ cdef class Connection:
             to += size
             if line_size or (chunked and last):
                 memcpy(to, line + line_size, (2 if line_size else 0) + (5 if chunked and last else 0))
-            if last and self.queue is None:
+            if now and self.queue is None:
                 return self._spill(out[sent:] if sent > 0 else out)
             self._enqueue(out)
         if last or self.queued > QUEUE_MAX:

@@ -1,5 +1,6 @@
 # C interface of the gateway's side of the fast lane. Theory of operation: upstream.pyx.
 
+from cpython.object cimport PyObject
 from cython cimport final
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
@@ -62,6 +63,7 @@ cdef class UpstreamConnection:
     cdef uint32_t searched
     cdef uint8_t state                      # a Reading
     cdef uint8_t looks
+    cdef bint whole                         # the read that is under way goes into the pool's `piece`
     cdef bint half_close                    # it can be closed in one direction only (not with TLS)
     cdef readonly bint idle
     cdef bint lost
@@ -90,6 +92,7 @@ cdef class UpstreamConnection:
     cdef int _no_response(self, str text) except -1
     cdef int _broken(self, str text) except -1
     cdef int _end(self) except -1
+    cdef int _read_piece(self, Py_ssize_t size) except -1
     cdef int _received(self, const unsigned char *data, Py_ssize_t size) except -1
     cdef Py_ssize_t _read_head(self, const unsigned char *data, Py_ssize_t size, Py_ssize_t at) except -1
     cdef int _final_head(self, const unsigned char *head, uint16_t status) except -1
@@ -114,6 +117,8 @@ cdef class Pool:
     cdef readonly bint closed
     cdef bytearray buffer
     cdef object view
+    cdef PyObject *piece                    # owned: bytes of size READ that nobody has seen, or NULL
+    cdef object piece_view
     cdef object loop
     cdef double response
     cdef double idle
@@ -122,6 +127,8 @@ cdef class Pool:
     cdef int interim
     cdef Py_ssize_t idle_connections
 
+    cdef object empty_piece(self)
+    cdef object take_piece(self, Py_ssize_t size)
     cdef UpstreamConnection take(self, bint safe, double now)
     cdef int wait(self, UpstreamStream stream) except -1
     cdef int forget(self, UpstreamStream stream) except -1

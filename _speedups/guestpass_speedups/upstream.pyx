@@ -45,8 +45,10 @@ import asyncio
 import select
 from collections import OrderedDict
 
+from cpython.buffer cimport PyBUF_WRITE
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
 from cpython.time cimport monotonic
@@ -564,9 +566,15 @@ cdef class UpstreamConnection:
         self.fd = descriptor(transport)
 
     def get_buffer(self, sizehint):
-        return self.pool.view
+        # Nothing but body can come: it is read where it stays until it is framed.
+        self.whole = self.state == R_UNTIL_CLOSE or (self.state == R_LENGTH and self.left >= READ)
+        return self.pool.empty_piece() if self.whole else self.pool.view
 
     def buffer_updated(self, Py_ssize_t size):
+        if self.whole:
+            self.whole = False
+            self._read_piece(size)
+            return
         self._received(<const unsigned char *> PyByteArray_AS_STRING(self.pool.buffer), size)
 
     def eof_received(self):
@@ -805,6 +813,22 @@ cdef class UpstreamConnection:
                 self._detach()
                 self.close_()
         return 0
+
+    cdef int _read_piece(self, Py_ssize_t size) except -1:
+        """The pool's `piece` was read into."""
+        cdef UpstreamStream stream = self.stream
+        cdef bytes body
+        if stream is None:
+            return self.close_()
+        if stream.phase == P_OVER:
+            return 0
+        body = self.pool.take_piece(size)
+        if self.state == R_LENGTH:
+            self.left -= <uint64_t> size        # at least READ when the read began
+            if self.left == 0:
+                stream.send_bytes(body, True)
+                return self._finish(True)
+        return self._pass_on(body, False)
 
     cdef int _received(self, const unsigned char *data, Py_ssize_t size) except -1:
         """What was read; `data` is good until this returns."""
@@ -1066,6 +1090,32 @@ cdef class Pool:
         self.connections = []
         self.waiting = OrderedDict()
         self.fresh = OrderedDict()
+
+    def __dealloc__(self):
+        if self.piece != NULL:
+            Py_DECREF(<object> self.piece)
+
+    # -- pieces of body --------------------------------------------------------------------------------------
+
+    cdef object empty_piece(self):
+        """A writable view of `piece`."""
+        if self.piece == NULL:
+            self.piece = new_bytes(NULL, READ)
+            self.piece_view = PyMemoryView_FromMemory(PyBytes_AS_STRING(<bytes> self.piece), READ, PyBUF_WRITE)
+        return self.piece_view
+
+    cdef object take_piece(self, Py_ssize_t size):
+        """The first `size` bytes of `piece`: itself, if they are most of it."""
+        cdef PyObject *piece = self.piece
+        if size < READ // 2:
+            return PyBytes_FromStringAndSize(PyBytes_AS_STRING(<bytes> piece), size)
+        self.piece = NULL
+        self.piece_view = None
+        if size < READ:
+            shrink(&piece, size)
+        body = <object> piece
+        Py_DECREF(body)
+        return body
 
     # -- to be overridden ------------------------------------------------------------------------------------
 

@@ -12,8 +12,9 @@ import random
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import aiohttp
 import pytest
@@ -21,10 +22,11 @@ from aiohttp import WSMsgType, web
 from support.stack import EMAIL, RawServer, Stack, read_head, running
 
 from guestpass.config import Limits
+from guestpass.edge.front import Front
 from guestpass.model import SessionKind
 from guestpass.plugin import Client
 from guestpass_speedups.relay import HELD_LIMIT, Connection
-from guestpass_speedups.session import HIGH_WATER, MAX_WINDOW
+from guestpass_speedups.session import FLOOR, HIGH_WATER, MAX_WINDOW
 
 MB = 1 << 20
 LIMITS = Limits()
@@ -484,6 +486,190 @@ async def test_answers_that_nobody_reads_stop_the_requests(app: Application, tmp
         assert connection.transport.get_write_buffer_size() <= MAX_WINDOW + MB
         writer.transport.resume_reading()  # type: ignore[attr-defined]
         assert [status for status, _ in await answers(reader, 100)] == [200] * 100
+        writer.close()
+
+
+# ── past the transport ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def trickle(reader: asyncio.StreamReader, size: int) -> bytes:
+    """So many bytes in pieces, with pauses: what is on the way in front of it fills up and runs empty by turns."""
+    parts = []
+    while size:
+        part = await reader.read(min(size, 300_000))
+        assert part, "the connection was closed"
+        parts.append(part)
+        size -= len(part)
+        await asyncio.sleep(0.005)
+    return b"".join(parts)
+
+
+class Held:
+    """A visitor's transport that keeps what it is given, as if the event loop had not come round to it yet."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.holding = False
+        self.waiting: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if self.holding:
+            self.waiting.append(bytes(data))
+        else:
+            self._transport.write(data)
+
+    def writelines(self, list_of_data: Iterable[bytes]) -> None:
+        for data in list_of_data:
+            self.write(data)
+
+    def get_write_buffer_size(self) -> int:
+        return self._transport.get_write_buffer_size() + sum(map(len, self.waiting))
+
+    def release(self) -> None:
+        self.holding = False
+        self._transport.writelines(self.waiting)
+        self.waiting = []
+
+
+async def test_nothing_overtakes_what_waits_in_the_transport(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel has room again, the transport has not written yet, and the next message comes."""
+    held: list[Held] = []
+    made = Front.connection_made
+
+    def connection_made(self: Front, transport: Any) -> None:
+        held.append(Held(transport))
+        made(self, cast(Any, held[-1]))
+
+    monkeypatch.setattr(Front, "connection_made", connection_made)
+    first, big, last = b"first", random.Random(1).randbytes(16 * MB), b"last"
+    go_on = asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+        for message in (first, big, last):
+            await go_on.wait()
+            go_on.clear()
+            writer.write(message)
+            await writer.drain()
+
+    async with RawServer(talk) as server, running(tmp_path, server.url, lane="fast") as stack:
+        reader, writer = await asyncio.open_connection("127.0.0.1", stack.port, limit=1024)
+        writer.write(stack.head("GET", "/", "Connection: Upgrade", "Upgrade: websocket"))
+        assert (await read_head(reader)).startswith(b"HTTP/1.1 101 ")
+        async with asyncio.timeout(30):
+            go_on.set()
+            assert await reader.readexactly(len(first)) == first
+            transport = held[-1]
+            assert not transport.waiting  # it was not asked
+            transport.holding = True
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            go_on.set()
+            (stream,) = next(iter(stack.edge.grants._by_session.values())).streams
+            await stack.until(lambda: stream.bytes_received == len(first) + len(big), "all of it came")
+            waiting = len(b"".join(transport.waiting))
+            assert waiting
+            writer.transport.resume_reading()  # type: ignore[attr-defined]
+            received = await reader.readexactly(len(big) - waiting)
+            go_on.set()
+            await stack.until(
+                lambda: len(b"".join(transport.waiting)) == waiting + len(last), "the last message waits too"
+            )
+            transport.release()
+            received += await reader.readexactly(waiting + len(last))
+        assert received == big + last
+        writer.close()
+
+
+async def test_answers_past_a_full_transport_stay_in_order(tmp_path: Path) -> None:
+    """Small answers go to the kernel directly, but not past what the transport still has of the big ones."""
+    bodies = [random.Random(n).randbytes(1_500_000 if n % 4 == 0 else 100 + n) for n in range(24)]
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            number = int((await read_head(reader)).split(b" ")[1][1:])
+            body = bodies[number]
+            if number % 3 == 2:
+                framed = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+            else:
+                framed = b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+            writer.write(b"HTTP/1.1 200 OK\r\n" + framed)
+            await writer.drain()
+
+    async with RawServer(talk) as server, running(tmp_path, server.url, lane="fast") as stack:
+        reader, writer = await asyncio.open_connection("127.0.0.1", stack.port, limit=65536)
+        before = stack.answered("fast")
+        async with asyncio.timeout(60):
+            writer.write(b"".join(stack.head("GET", f"/{number}") for number in range(len(bodies))))
+            for body in bodies:
+                head = await read_head(reader)
+                if b"chunked" not in head.lower():
+                    assert await trickle(reader, len(body)) == body
+                    continue
+                received = b""
+                while size := int(await reader.readline(), 16):
+                    received += await trickle(reader, size)
+                    assert await reader.readexactly(2) == b"\r\n"
+                assert await reader.readexactly(2) == b"\r\n"
+                assert received == body
+        assert stack.answered("fast") == before + len(bodies)
+        writer.close()
+
+
+async def test_messages_past_a_full_transport_stay_in_order(tmp_path: Path) -> None:
+    sizes = [400_000 if n % 5 == 0 else 1 + 37 * n for n in range(100)]
+    messages = [random.Random(n).randbytes(size) for n, size in enumerate(sizes)]
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+        for message in messages:
+            writer.write(message)
+            await writer.drain()
+            await asyncio.sleep(0.001)
+
+    async with RawServer(talk) as server, running(tmp_path, server.url, lane="fast") as stack:
+        reader, writer = await asyncio.open_connection("127.0.0.1", stack.port, limit=65536)
+        writer.write(stack.head("GET", "/", "Connection: Upgrade", "Upgrade: websocket"))
+        assert (await read_head(reader)).startswith(b"HTTP/1.1 101 ")
+        async with asyncio.timeout(60):
+            assert await trickle(reader, sum(sizes)) == b"".join(messages)
+        writer.close()
+
+
+async def test_no_credit_for_a_body_that_was_granted_already(tmp_path: Path) -> None:
+    """Of an answer whose length is known, and fits the first window, the edge says nothing while it passes."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            fits = b"/fits" in await read_head(reader)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (FLOOR if fits else 2 * FLOOR))
+            for _ in range(8 if fits else 16):
+                writer.write(b"z" * (FLOOR // 8))
+                await writer.drain()
+                await asyncio.sleep(0.01)
+
+    async with RawServer(talk) as server, running(tmp_path, server.url, lane="fast") as stack:
+
+        def credits() -> int:
+            return sum(link.session.stats()["frames_out_credit"] for link in stack.edge.tunnels._links)
+
+        reader, writer = await asyncio.open_connection("127.0.0.1", stack.port)
+        counts = []
+        for path in ("/warm", "/fits", "/more"):
+            before = credits()
+            writer.write(stack.head("GET", path))
+            async with asyncio.timeout(10):
+                ((status, _),) = await answers(reader, 1)
+            assert status == 200
+            counts.append(credits() - before)
+        assert counts[1] == 0
+        assert counts[2] > 0
         writer.close()
 
 

@@ -123,8 +123,8 @@ class Transport:
         """Bytes from the service, unless the connection is closed."""
         assert self.reading, "the protocol has asked for a pause"
         if not self.closed:
-            buffer = self.protocol.get_buffer(-1)
             while data:
+                buffer = self.protocol.get_buffer(-1)
                 size = min(len(data), len(buffer))
                 buffer[:size] = data[:size]
                 data = data[size:]
