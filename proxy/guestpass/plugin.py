@@ -96,9 +96,12 @@ async def settled(answer: Answer[T]) -> T:
 
 
 class PluginConfig(BaseModel):
-    """Base of a plugin's settings. Frozen; unknown keys are errors that name the nearest known key."""
+    """Base of a plugin's settings. Frozen; unknown keys are errors that name the nearest known key. Defaults are
+    validated as what is written is."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, arbitrary_types_allowed=True, validate_default=True
+    )
 
 
 def _folder(info: ValidationInfo) -> Path:
