@@ -149,9 +149,17 @@ class NotDelivered(Exception):
 class Storage(Protocol):
     """Key-value storage of the plugin's own, durable. Keys ≤ 200 characters, values ≤ 64 KiB of JSON."""
 
-    async def get(self, key: str) -> Any | None: ...
-    async def set(self, key: str, value: Any, *, ttl: float | None = None) -> None: ...
-    async def delete(self, key: str) -> bool: ...
+    async def get(self, key: str) -> Any | None:
+        """The value; None when there is none or it has expired."""
+        ...
+
+    async def set(self, key: str, value: Any, *, ttl: float | None = None) -> None:
+        """Keep a value, for `ttl` seconds or for good."""
+        ...
+
+    async def delete(self, key: str) -> bool:
+        """Whether there was something to delete."""
+        ...
 
     async def add(self, key: str, amount: int = 1, *, ttl: float | None = None) -> int:
         """Add atomically to a counter (0 when absent or expired; `ttl` is set when it is created), return the
@@ -167,7 +175,9 @@ class Host(Protocol):
     """What the edge offers to a plugin. It holds no secret that is not the plugin's."""
 
     @property
-    def logger(self) -> logging.Logger: ...
+    def logger(self) -> logging.Logger:
+        """For what an operator should know. Nothing secret: no code, token, link, path or query."""
+        ...
 
     @property
     def http(self) -> aiohttp.ClientSession:
@@ -175,7 +185,9 @@ class Host(Protocol):
         ...
 
     @property
-    def storage(self) -> Storage: ...
+    def storage(self) -> Storage:
+        """What outlasts a restart."""
+        ...
 
     def now(self) -> float:
         """Seconds since the epoch."""
