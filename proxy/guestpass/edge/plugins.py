@@ -677,9 +677,13 @@ class PluginSet:
             host = self._hosts.pop(id(slot), None)
             if host is not None:
                 await host.close()
+        self.discard()
+
+    def discard(self) -> None:
+        """End the processes of a set that was loaded and is not wanted any more."""
         for _, slot in self._all():
             if isinstance(slot.plugin, Isolated):
-                slot.plugin.kill()  # loaded and never started
+                slot.plugin.kill()
 
     async def replace(self, fresh: PluginSet, swapped: Callable[[], object] = lambda: None) -> None:
         """Start the plugins of `fresh` and ask those from now on; the old ones stop when their running hooks have
