@@ -713,8 +713,8 @@ class PluginSet:
 
     def _owner_of(self, frame: FrameType) -> object | None:
         found = [slot for _, slot in self._all() if slot.owns(frame)]
-        if len(found) > 1:  # two of one module: `self` tells them apart
-            return next((slot for slot in found if frame.f_locals.get("self") is slot.plugin), found[0])
+        if len(found) > 1:  # of one module: `self` tells them apart, in this frame or in one further out
+            return next((slot for slot in found if frame.f_locals.get("self") is slot.plugin), None)
         return found[0] if found else None
 
     def _loop_blocked(self, blocked: Blocked) -> None:
