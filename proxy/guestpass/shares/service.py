@@ -573,6 +573,14 @@ class ShareService:
 
         return await self._timed(self._unstoppable(end()))
 
+    async def end_signed_in_by(self, provider: str, reason: str) -> int:
+        """End every live session that rests on this authenticator; returns how many."""
+        now = self._now()
+        found = await self._store.read(lambda db: sessions.signed_in_by(db, provider, now))
+        for session_id in found:
+            await self.end_session(session_id, reason)
+        return len(found)
+
     def touch(self, session_id: str, at: float) -> None:
         """The session was used. Written with all others every SEEN_SECONDS; lists know it at once."""
         self._sessions_seen[session_id] = at
