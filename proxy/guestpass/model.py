@@ -21,6 +21,8 @@ class Delivery(StrEnum):
 
 
 class SessionKind(StrEnum):
+    """How a session proves itself: a browser's cookie, or a script's bearer token."""
+
     COOKIE = "cookie"
     TOKEN = "token"
 
@@ -78,6 +80,7 @@ class Share:
         return not self.sign_in or authenticator in self.sign_in
 
     def state(self, now: float) -> ShareState:
+        """Whether it is active, expired or deleted at `now`."""
         if self.deleted is not None:
             return ShareState.DELETED
         if self.expires is not None and self.expires <= now:

@@ -103,9 +103,12 @@ async def settled(answer: Answer[T]) -> T:
 
 
 class PluginConfig(BaseModel):
-    """Base of a plugin's settings. Frozen; unknown keys are errors that name the nearest known key."""
+    """Base of a plugin's settings. Frozen; unknown keys are errors that name the nearest known key. Defaults are
+    validated as what is written is."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, arbitrary_types_allowed=True, validate_default=True
+    )
 
 
 def _folder(info: ValidationInfo) -> Path:
@@ -153,9 +156,17 @@ class NotDelivered(Exception):
 class Storage(Protocol):
     """Key-value storage of the plugin's own, durable. Keys ≤ 200 characters, values ≤ 64 KiB of JSON."""
 
-    async def get(self, key: str) -> Any | None: ...
-    async def set(self, key: str, value: Any, *, ttl: float | None = None) -> None: ...
-    async def delete(self, key: str) -> bool: ...
+    async def get(self, key: str) -> Any | None:
+        """The value; None when there is none or it has expired."""
+        ...
+
+    async def set(self, key: str, value: Any, *, ttl: float | None = None) -> None:
+        """Keep a value, for `ttl` seconds or for good."""
+        ...
+
+    async def delete(self, key: str) -> bool:
+        """Whether there was something to delete."""
+        ...
 
     async def add(self, key: str, amount: int = 1, *, ttl: float | None = None) -> int:
         """Add atomically to a counter (0 when absent or expired; `ttl` is set when it is created), return the
@@ -171,7 +182,9 @@ class Host(Protocol):
     """What the edge offers to a plugin. It holds no secret that is not the plugin's."""
 
     @property
-    def logger(self) -> logging.Logger: ...
+    def logger(self) -> logging.Logger:
+        """For what an operator should know. Nothing secret: no code, token, link, path or query."""
+        ...
 
     @property
     def http(self) -> aiohttp.ClientSession:
@@ -179,7 +192,9 @@ class Host(Protocol):
         ...
 
     @property
-    def storage(self) -> Storage: ...
+    def storage(self) -> Storage:
+        """What outlasts a restart."""
+        ...
 
     def now(self) -> float:
         """Seconds since the epoch."""

@@ -596,7 +596,7 @@ async def test_a_revocation_while_the_filters_look_is_not_taken_for_the_shares_e
             await stack.edge.service.delete(stack.share_id)
 
     monkeypatch.setattr(stack.edge.lane, "fast", False)  # as with filters from the start
-    monkeypatch.setattr(PluginSet, "filters", [None])
+    monkeypatch.setattr(PluginSet, "filters_requests", True)
     monkeypatch.setattr(PluginSet, "on_request", on_request)
     assert (await stack.get("/")).status == 200
     assert asked == 2

@@ -71,34 +71,26 @@ class Blocking(Revoker):
 
     blocking = True
     thread: threading.Thread | None = None
+    release: threading.Event
 
     def check(self, share: Share, session: Session) -> Revocation | None:
         self.thread = threading.current_thread()
-        time.sleep(0.3)
+        assert self.release.wait(2)  # which nobody sets, unless the event loop runs meanwhile
         self.host.wait(self.host.storage.set("asked", session.id))
         return None
 
 
 async def test_a_blocking_plugin_holds_up_nobody() -> None:
     async with edge_with(Blocking) as edge:
-        late = 0.0
-
-        async def beat() -> None:
-            nonlocal late
-            while True:
-                began = time.monotonic()
-                await asyncio.sleep(0.01)
-                late = max(late, time.monotonic() - began)
-
-        beating = asyncio.create_task(beat())
-        visitor = await edge.admitted()
-        page = await visitor.get("/")
-        beating.cancel()
-        assert page.status == 200
         plugin = edge.plugin(Blocking)
-        assert plugin.thread is not None
+        plugin.release = threading.Event()
+        visitor = await edge.admitted()
+        asked = asyncio.create_task(visitor.get("/"))
+        await edge.until(lambda: plugin.thread, "the hook runs")
+        plugin.release.set()
+        assert (await asked).status == 200
         assert plugin.thread is not threading.main_thread()
-        assert late < 0.3
+        assert await plugin.host.storage.get("asked")
         with pytest.raises(RuntimeError, match="threads"):
             plugin.host.wait(plugin.host.storage.get("asked"))
 
@@ -192,8 +184,10 @@ async def test_the_watchdog_tells_each_incident_once() -> None:
         for _ in range(2):
             time.sleep(0.8)
             await asyncio.sleep(0.3)
-        assert len(told) == 2
-        assert all(t.owner is None and "test_running_plugins" in t.place for t in told)
+        # A busy machine may stop us elsewhere as well.
+        here = [t for t in told if "test_running_plugins" in t.place]
+        assert len(here) == 2
+        assert all(t.owner is None for t in here)
     finally:
         dog.stop()
 
@@ -404,6 +398,8 @@ async def test_sessions_of_an_authenticator_that_is_gone_are_over(tmp_path: Path
         async with stack.session.get(stack.url("/"), headers=headers) as answer:
             assert answer.status == 401
         assert (await stack.get("/")).status == 200
+        # For good: the store knows.
+        assert [s.provider for s in await service.sessions(stack.share_id, live=True)] == ["bearer-token"]
 
 
 OTHER = """

@@ -30,6 +30,8 @@ async def misbehave(how):
         KEPT.append(bytearray(1 << 20))
         KEPT.append(asyncio.ensure_future(asyncio.Event().wait()))
         raise ValueError("a bug, with what it leaks")
+    if how == "stalls":
+        time.sleep(0.7)
     if how == "blocks":
         time.sleep(60)
     if how == "dies":

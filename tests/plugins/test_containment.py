@@ -207,6 +207,28 @@ async def test_others_notice_nothing(
     )
 
 
+async def test_a_plugin_that_blocks_the_loop_is_named(
+    tmp_path: Path, application: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the edge's own process it cannot be stopped: others wait, and are served."""
+    async with edge_with_all(tmp_path, application, "stalls", isolated=False) as stack:
+        async with others(stack) as other:
+            share = await stack.new_share(path="/bad/revoker")
+            token = await stack.new_token(share)
+            host = f"{share}.localhost:{stack.port}"
+            await stack.get("/", headers={"Host": host, "Authorization": f"Bearer {token}"})
+            _, faults = await readyz(stack)
+        named = "revoker 'bad' blocks the event loop in check" in caplog.text and "revoke/bad" in faults
+    row(
+        "containment: blocks the loop, in-process",
+        "a revoker sleeps for 0.7 s in the event loop, beside another session",
+        f"{other.failed + other.broken} of {other.answered} requests of others lost; named: {named}",
+        "0 lost, named by log and /readyz",
+        ok=named and not other.failed and not other.broken,
+        figure=21,
+    )
+
+
 # ── what an isolated plugin can see ──────────────────────────────────────────────────────────────────────────────
 
 LOOKS = """

@@ -138,7 +138,7 @@ def _edge(config: EdgeConfig) -> Iterator[Check]:
 
     try:
         complete = with_notifiers(config)
-        PluginSet.load(complete)
+        PluginSet.load(complete).discard()
         sections = (getattr(complete, section) for section in KINDS)
         yield Check(
             "plugins", OK, ", ".join(plugin.name or plugin.use for section in sections for plugin in section)

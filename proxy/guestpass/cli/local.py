@@ -415,7 +415,9 @@ class _Child:
             return GuestpassError(message, code="process_ended")
         message, hint = self.error["message"], self.error["hint"]
         if plan.config is not None:
-            message = message.replace(str(folder / "edge.toml"), str(plan.config))
+            # Without the line, which is that of our file.
+            ours = re.escape(str(folder / "edge.toml")) + r"(:\d+)?"
+            message = re.sub(ours, str(plan.config).replace("\\", r"\\"), message)
         return GuestpassError(f"the {self.name} did not start: {message}", hint=hint, code=self.error["code"])
 
     async def stop(self, hurry: asyncio.Event) -> None:

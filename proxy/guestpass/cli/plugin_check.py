@@ -170,13 +170,20 @@ def _only_class(name: str) -> tuple[Kind, type[Plugin]]:
     except (OSError, SyntaxError, ValueError) as exc:
         raise PluginError(f"{path} cannot be read: {exc}") from exc
     classes = [n.name for n in tree.body if isinstance(n, ast.ClassDef)]
-    found = []
+    found: list[tuple[Kind, type[Plugin]]] = []
+    faults: list[PluginError] = []
     for cls in classes:
         for kind in KINDS.values():
-            with contextlib.suppress(PluginError):
+            try:
                 found.append((kind, load_class(kind, f"{path.resolve()}:{cls}", Path.cwd())))
+            except PluginError as exc:
+                # Of another kind, or no plugin at all: helpers are classes as well.
+                if "is of kind" not in exc.message and "is not a plugin class" not in exc.message:
+                    faults.append(exc)
     if len(found) == 1:
         return found[0]
+    if not found and faults:
+        raise faults[0]
     raise PluginError(
         f"{path} has {len(found) or 'no'} plugin classes that can be loaded", hint=f"Name one: {path}:Class."
     )

@@ -402,10 +402,12 @@ class Edge:
 
         await self.plugins.replace(plugins, swapped)
         ended = 0
+        for name in sorted(self.plugins.removed):
+            ended += await self.service.end_signed_in_by(name, "provider_removed")
         for grant in open_ones:
             ended += await self._ask_again(grant)
         log.info(
-            "reload: the plugins were replaced; %d sessions with open streams were asked about, %d ended",
+            "reload: the plugins were replaced; %d sessions with open streams were asked about; %d sessions ended",
             *(len(open_ones), ended),
         )
 
@@ -414,8 +416,7 @@ class Edge:
         session = grant.session
         try:
             if session.provider in self.plugins.removed:
-                await self.service.end_session(session.id, "provider_removed")
-                return True
+                return False  # over
             revocation = await self.plugins.check(grant.share, session)
         except Forbidden:
             revocation = Revocation("denied")

@@ -708,9 +708,13 @@ class PluginSet:
             host = self._hosts.pop(id(slot), None)
             if host is not None:
                 await host.close()
+        self.discard()
+
+    def discard(self) -> None:
+        """End the processes of a set that was loaded and is not wanted any more."""
         for _, slot in self._all():
             if isinstance(slot.plugin, Isolated):
-                slot.plugin.kill()  # loaded and never started
+                slot.plugin.kill()
 
     async def replace(self, fresh: PluginSet, swapped: Callable[[], object] = lambda: None) -> None:
         """Start the plugins of `fresh` and ask those from now on; the old ones stop when their running hooks have
@@ -740,8 +744,8 @@ class PluginSet:
 
     def _owner_of(self, frame: FrameType) -> object | None:
         found = [slot for _, slot in self._all() if slot.owns(frame)]
-        if len(found) > 1:  # two of one module: `self` tells them apart
-            return next((slot for slot in found if frame.f_locals.get("self") is slot.plugin), found[0])
+        if len(found) > 1:  # of one module: `self` tells them apart, in this frame or in one further out
+            return next((slot for slot in found if frame.f_locals.get("self") is slot.plugin), None)
         return found[0] if found else None
 
     def _loop_blocked(self, blocked: Blocked) -> None:

@@ -588,6 +588,14 @@ class ShareService:
 
         return await self._timed(self._unstoppable(end()))
 
+    async def end_signed_in_by(self, provider: str, reason: str) -> int:
+        """End every live session that rests on this authenticator; returns how many."""
+        now = self._now()
+        found = await self._store.read(lambda db: sessions.signed_in_by(db, provider, now))
+        for session_id in found:
+            await self.end_session(session_id, reason)
+        return len(found)
+
     async def idle_sessions(self, before: float) -> builtins.list[Session]:
         """Live sessions that were last used before, the longest ago first; at most MAX_IDLE."""
         now = self._now()

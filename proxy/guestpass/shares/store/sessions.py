@@ -105,6 +105,12 @@ def seen(db: Connection, at: Mapping[str, float]) -> None:
         )
 
 
+def signed_in_by(db: Connection, provider: str, now: float) -> list[str]:
+    """Ids of the live sessions that rest on this authenticator."""
+    query = sa.select(sessions.c.id).where(sessions.c.provider == provider, _live(now))
+    return [row.id for row in db.execute(query)]
+
+
 def forget(db: Connection, before: float) -> None:
     """Delete those that ended or expired before."""
     db.execute(sa.delete(sessions).where(sa.or_(sessions.c.ended < before, sessions.c.expires < before)))
