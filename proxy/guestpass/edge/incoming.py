@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from guestpass.edge.browser import Limiter, arrived
-from guestpass.edge.keys import CLIENT
+from guestpass.edge.keys import CLIENT, SHARE_ID
 from guestpass.errors import PluginError
 from guestpass.plugin import Answer, Incoming, Reply, settled
 
@@ -80,7 +80,7 @@ class IncomingRoutes:
     async def _call(self, request: web.Request) -> web.Response:
         name, path = request.match_info["name"], request.match_info["rest"].strip("/")
         handler = self._routes.get(name, {}).get(path)
-        if handler is None:
+        if handler is None or SHARE_ID in request:  # shares' origins have none of these
             raise web.HTTPNotFound
         if not self._limiter.admits(request[CLIENT]):
             return web.Response(status=429, headers={"Retry-After": str(int(CALLS_WINDOW))})

@@ -64,6 +64,7 @@ from guestpass.errors import (
     Forbidden,
     GuestpassError,
     InvalidEmail,
+    NotFound,
     PluginError,
     PluginFailed,
     ShareEnded,
@@ -470,7 +471,8 @@ class _Host:
         return await self._edge.service.idle_sessions(self.now() - seconds)
 
     async def end_session(self, session_id: str, reason: str) -> None:
-        await self._edge.service.end_session(session_id, reason)
+        with contextlib.suppress(NotFound):  # forgotten long ago: over as well
+            await self._edge.service.end_session(session_id, reason)
 
     async def sign_out(self, email: str, reason: str, *, tokens: bool = False) -> int:
         return await self._edge.service.sign_out(canonical(email), reason, tokens=tokens)
