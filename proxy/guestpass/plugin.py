@@ -431,6 +431,11 @@ class SignIn:
     link: str = ""
     """Which mailed link it began at; empty when it began elsewhere. Whoever has the link was sent it, or was handed it
     on: what is counted for an address may be counted apart for them, so that strangers cannot use it up."""
+    headers: Sequence[tuple[str, str]] = ()
+    """Of the request that asked. Whoever sent it may have written anything: see `peer`."""
+    peer: str = ""
+    """The address that the connection itself comes from, which is a proxy's where there is one; `client` is who that
+    proxy speaks for."""
 
 
 class Authenticator(Plugin):
@@ -446,6 +451,9 @@ class Authenticator(Plugin):
     label: str = ""
     needs_proof: bool = False
     """Whether all that it answers is Unproven: then another one has to be there that proves addresses."""
+    private_headers: Sequence[str] = ()
+    """Fields by which somebody in front of the edge tells this authenticator who a visitor is: they are removed from
+    all requests before an application sees them. Not with `isolation = "process"`."""
 
     def begin(self, sign_in: SignIn) -> Answer[Step]:
         """The visitor chose this way. Raises Denied."""

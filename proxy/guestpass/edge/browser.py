@@ -101,6 +101,12 @@ def expire_all_cookies(request: web.BaseRequest, response: web.StreamResponse) -
         response.headers.add("Set-Cookie", f"{name.decode('ascii')}=; Path=/; Max-Age=0{secure}")
 
 
+def peer_address(request: web.BaseRequest) -> str:
+    """Where the connection itself comes from; "" where that has no address."""
+    peer = request.transport.get_extra_info("peername") if request.transport is not None else None
+    return str(peer[0]) if peer else ""
+
+
 # ── forms ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -455,6 +455,8 @@ class Isolated(Plugin):
                 sign_in.state,
                 sign_in.callback_url,
                 sign_in.link,
+                sign_in.headers,
+                sign_in.peer,
             )
         )
 

@@ -359,7 +359,8 @@ class Process:
             return bool(await self.ask("is_invited", number, address))
 
         return SignIn(
-            wire.flow_id, wire.share, wire.client, wire.state, wire.callback_url, is_invited, wire.link
+            *(wire.flow_id, wire.share, wire.client, wire.state, wire.callback_url, is_invited, wire.link),
+            *(wire.headers, wire.peer),
         )
 
     def _fail(self, number: int, exc: BaseException) -> None:

@@ -22,7 +22,7 @@ process is checked field by field, and is data only.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -53,6 +53,8 @@ class WireSignIn:
     state: Mapping[str, Any]
     callback_url: str
     link: str = ""
+    headers: Sequence[tuple[str, str]] = ()
+    peer: str = ""
 
 
 @dataclass(frozen=True, slots=True)

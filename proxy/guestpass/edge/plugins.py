@@ -56,7 +56,7 @@ from guestpass.edge.plugin_loader import (
     place,
     section_line,
 )
-from guestpass.edge.static import Compiled, StaticCompiler, check_edits
+from guestpass.edge.static import Compiled, StaticCompiler, check_edits, spellings
 from guestpass.edge.threads import Exhausted, Threads
 from guestpass.edge.watchdog import Blocked, Watchdog
 from guestpass.errors import (
@@ -971,7 +971,12 @@ class PluginSet:
     async def compile(self, share: Share, session: Session) -> Compiled | None:
         """What the filters say for every request of the session. Raises Forbidden with the words of one that refused,
         PluginFailed."""
-        answers: list[tuple[str, Static]] = []
+        answers = [
+            (slot.name, Static(edits=Edits(remove=frozenset(spellings(slot.plugin.private_headers)))))
+            for slot in self._authenticate
+            if slot.plugin.private_headers
+        ]
+        compiled = self._compiler.compile(answers, share, session)
         for slot in self._filter:
             if not _overrides(slot.plugin, RequestFilter, "compile"):
                 continue
@@ -990,7 +995,7 @@ class PluginSet:
                 compiled = self._compiler.compile(answers, share, session)
             except (ValueError, TypeError, AttributeError) as exc:
                 raise slot.failed("compile", exc) from exc
-        return compiled if answers else None
+        return compiled
 
     async def on_request(self, request: RequestContext) -> Edits | None:
         """All filters in order; their edits together, None when there are none. Raises Denied with the words of

@@ -32,6 +32,7 @@ from guestpass.edge.browser import (
     drop_cookie,
     is_speculative,
     own_cookie,
+    peer_address,
     posted,
     redirect,
     same_origin,
@@ -599,6 +600,8 @@ class SignInPages(Desk):
             callback_url=f"{self._origins.main}/callback/{name}",
             is_invited=is_invited,
             link=flow.link,
+            headers=[(k.decode("latin-1"), v.decode("latin-1")) for k, v in request.raw_headers],
+            peer=peer_address(request),
         )
 
     def _start_url(self, flow: _Flow) -> str:

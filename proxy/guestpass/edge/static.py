@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
+from itertools import product
 
 from guestpass import scope
 from guestpass.edge import headers as h
@@ -35,6 +36,9 @@ NOT_EDITED = h.HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 OURS = b"x-guestpass-"
 
 MAX_BURST = 1_000_000
+
+# Hyphens of a name that are spelled in both ways: 64 names.
+MAX_SEPARATORS = 6
 
 # What has a bucket of its own, by `Rate.each`.
 EACH = {
@@ -134,6 +138,17 @@ def check_edits(edits: Edits) -> None:
         _value(name, value)  # may come from the request: it must not bring further fields along
     for name in edits.remove:
         _name(name)
+
+
+def spellings(names: Iterable[str]) -> Iterable[str]:
+    """Each name with each of its hyphens as it is, and as the underscore that servers take for one."""
+    for name in names:
+        parts = name.split("-")
+        for separators in product("-_", repeat=min(len(parts) - 1, MAX_SEPARATORS)):
+            rest = "-" * (len(parts) - 1 - len(separators))
+            yield parts[0] + "".join(
+                s + part for s, part in zip((*separators, *rest), parts[1:], strict=True)
+            )
 
 
 def _name(name: str) -> bytes:
