@@ -230,9 +230,10 @@ class Host(Protocol):
         """Write to the audit. Durable on return."""
         ...
 
-    async def idle_sessions(self, seconds: float) -> Sequence[Session]:
-        """Live sessions of all shares that had neither a request nor anything open for so long, the longest idle first;
-        at most a thousand. Use is known to about two minutes."""
+    async def idle_sessions(self, seconds: float, *, tokens: bool = False) -> Sequence[Session]:
+        """Live browser sessions of all shares that had neither a request nor anything open for so long, the longest
+        idle first, at most a thousand; with `tokens`, those of bearer tokens as well. Use is known to about two
+        minutes."""
         ...
 
     async def end_session(self, session_id: str, reason: str) -> None:

@@ -110,7 +110,7 @@ async def test_every_gateway_has_the_same_chance() -> None:
     candidates = [Candidate("plant", name, streams=n) for n, name in enumerate("abcd")]
     counts = {c.name: 0 for c in candidates}
     for _ in range(4000):
-        counts[(await chooser.choose(Choice(SHARE, SESSION, candidates))).name] += 1
+        counts[(chooser.choose(Choice(SHARE, SESSION, candidates))).name] += 1
     # Four standard deviations (27.4) from 1000: once in 8,000 runs.
     assert all(abs(n - 1000) < 110 for n in counts.values()), counts
 

@@ -201,3 +201,28 @@ async def test_old_sessions_are_swept(w: World) -> None:
     w.clock.forward(2 * DAY)
     await w.service.sweep()
     assert await w.service.sessions(live=False) == []
+
+
+async def test_idle_sessions(w: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest idle first; those of browsers are not hidden behind tokens, however many have slept for long."""
+    monkeypatch.setattr("guestpass.shares.service.MAX_IDLE", 2)
+    made = await w.service.create(new())
+    tokens = [(await w.service.create_token(made.share.id, "alice@example.org"))[0].id for _ in range(3)]
+    w.clock.forward(10)
+    first, _ = await w.sign_in(made.share.id, "alice@example.org")
+    w.clock.forward(10)
+    second, _ = await w.sign_in(made.share.id, "alice@example.org")
+    w.clock.forward(100)
+    third, _ = await w.sign_in(made.share.id, "alice@example.org")
+
+    async def idle(seconds: float, **more: bool) -> list[str]:
+        return [s.id for s in await w.service.idle_sessions(w.clock.at - seconds, **more)]
+
+    assert await idle(50) == [first, second]
+    assert await idle(105) == [first]
+    assert set(await idle(50, tokens=True)) < set(tokens)
+    w.service.touch(first, w.clock.at)  # not written yet
+    assert await idle(50) == [second]
+    await w.service.end_session(second)
+    assert await idle(50) == []
+    assert third

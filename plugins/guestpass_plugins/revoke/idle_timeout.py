@@ -31,7 +31,8 @@ class IdleTimeout(Revoker):
         tokens: bool = False
 
     def check(self, share: Share, session: Session) -> Revocation | None:
-        if self._spared(session) or self.host.now() - session.last_seen <= 60 * self.config.minutes:
+        spared = session.kind is SessionKind.TOKEN and not self.config.tokens
+        if spared or self.host.now() - session.last_seen <= 60 * self.config.minutes:
             return None
         return Revocation(REASON, session_id=session.id)
 
@@ -40,11 +41,8 @@ class IdleTimeout(Revoker):
 
     async def _watch(self) -> AsyncIterator[Revocation]:
         while True:
-            for session in await self.host.idle_sessions(60 * self.config.minutes):
-                if not self._spared(session):
-                    await self.host.end_session(session.id, REASON)
-                    yield Revocation(REASON, session_id=session.id)
+            seconds, tokens = 60 * self.config.minutes, self.config.tokens
+            for session in await self.host.idle_sessions(seconds, tokens=tokens):
+                await self.host.end_session(session.id, REASON)
+                yield Revocation(REASON, session_id=session.id)
             await asyncio.sleep(LOOK_SECONDS)
-
-    def _spared(self, session: Session) -> bool:
-        return session.kind is SessionKind.TOKEN and not self.config.tokens

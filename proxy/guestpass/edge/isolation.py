@@ -560,6 +560,8 @@ class Isolated(Plugin):
             return await self._invited[args[0]](args[1])
         if name == "emit":
             return host.emit(args[0])
+        if name == "idle_sessions":
+            return await host.idle_sessions(args[0], tokens=args[1])
         if name == "sign_out":
             return await host.sign_out(args[0], args[1], tokens=args[2])
         if name in ("storage.set", "storage.add"):
@@ -573,7 +575,6 @@ class Isolated(Plugin):
             "record": host.record,
             "resolve_token": host.resolve_token,
             "live_sessions": host.live_sessions,
-            "idle_sessions": host.idle_sessions,
             "end_session": host.end_session,
             "address_of": host.address_of,
         }

@@ -229,8 +229,8 @@ class _Host:
     async def record(self, event: Event) -> None:
         await self._process.ask("record", event)
 
-    async def idle_sessions(self, seconds: float) -> Sequence[Session]:
-        return await self._process.ask("idle_sessions", seconds)  # type: ignore[no-any-return]
+    async def idle_sessions(self, seconds: float, *, tokens: bool = False) -> Sequence[Session]:
+        return await self._process.ask("idle_sessions", seconds, tokens)  # type: ignore[no-any-return]
 
     async def end_session(self, session_id: str, reason: str) -> None:
         await self._process.ask("end_session", session_id, reason)

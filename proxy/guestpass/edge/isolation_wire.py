@@ -98,7 +98,7 @@ SERVICES: Mapping[str, Hook] = {
     "record": Hook((Event,), None),
     "resolve_token": Hook((str,), Identity | None),
     "live_sessions": Hook((str,), list[Session]),
-    "idle_sessions": Hook((float,), list[Session]),
+    "idle_sessions": Hook((float, bool), list[Session]),
     "end_session": Hook((str, str), None),
     "sign_out": Hook((str, str, bool), int),
     "address_of": Hook((str, str), str | None),

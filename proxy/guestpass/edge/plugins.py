@@ -467,8 +467,8 @@ class _Host:
     async def record(self, event: Event) -> None:
         await self._edge.service.record(event)
 
-    async def idle_sessions(self, seconds: float) -> Sequence[Session]:
-        return await self._edge.service.idle_sessions(self.now() - seconds)
+    async def idle_sessions(self, seconds: float, *, tokens: bool = False) -> Sequence[Session]:
+        return await self._edge.service.idle_sessions(self.now() - seconds, tokens=tokens)
 
     async def end_session(self, session_id: str, reason: str) -> None:
         with contextlib.suppress(NotFound):  # forgotten long ago: over as well

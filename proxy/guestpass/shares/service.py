@@ -596,10 +596,11 @@ class ShareService:
             await self.end_session(session_id, reason)
         return len(found)
 
-    async def idle_sessions(self, before: float) -> builtins.list[Session]:
-        """Live sessions that were last used before, the longest ago first; at most MAX_IDLE."""
-        now = self._now()
-        found = await self._store.read(lambda db: sessions.idle(db, now, before, MAX_IDLE))
+    async def idle_sessions(self, before: float, *, tokens: bool = False) -> builtins.list[Session]:
+        """Live browser sessions that were last used before, the longest ago first; at most MAX_IDLE. With `tokens`,
+        those of bearer tokens are among them."""
+        now, kinds = self._now(), tuple(SessionKind) if tokens else (SessionKind.COOKIE,)
+        found = await self._store.read(lambda db: sessions.idle(db, now, before, kinds, MAX_IDLE))
         return [session for session in map(self._as_seen, found) if session.last_seen < before]
 
     async def sign_out(self, email: str, reason: str, *, tokens: bool = False) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -56,9 +56,11 @@ def page(
     return [to_session(row) for row in db.execute(query)]
 
 
-def idle(db: Connection, now: float, before: float, limit: int) -> list[Session]:
-    """Live ones that were last seen before, the longest ago first."""
-    query = sa.select(sessions).where(_live(now), sessions.c.last_seen < before)
+def idle(
+    db: Connection, now: float, before: float, kinds: Sequence[SessionKind], limit: int
+) -> list[Session]:
+    """Live ones of these kinds that were last seen before, the longest ago first."""
+    query = sa.select(sessions).where(_live(now), sessions.c.last_seen < before, sessions.c.kind.in_(kinds))
     return [to_session(row) for row in db.execute(query.order_by(sessions.c.last_seen).limit(limit))]
 
 
