@@ -26,14 +26,29 @@ LISTING = re.compile(r"(<!-- file: (\S+) -->\n\n```(\w+)\n).*?(^```$)", re.MULTI
 CHAPTERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Kinds", ("Authenticator", "Revoker", "BackendChooser", "RequestFilter", "Notifier", "Observer")),
     ("What they have in common", ("Plugin", "PluginConfig", "Host", "Storage", "Answer", "settled")),
-    ("What hooks are given", ("SignIn", "RequestContext", "Choice", "Message", "Event", "Client", "Share")),
+    (
+        "What hooks are given",
+        ("SignIn", "RequestContext", "Choice", "Message", "Event", "Client", "Share", "Incoming"),
+    ),
     ("Sessions, gateways", ("Session", "SessionKind", "Candidate", "Scope")),
     (
         "What hooks answer",
-        ("Step", "Form", "Field", "Action", "Redirect", "Identity", "Revocation", "Static", "Rate", "Edits"),
+        (
+            "Step",
+            "Form",
+            "Field",
+            "Action",
+            "Redirect",
+            "Identity",
+            "Revocation",
+            "Static",
+            "Rate",
+            "Edits",
+            "Reply",
+        ),
     ),
-    ("Errors", ("Denied", "NotDelivered", "InvalidEmail")),
-    ("Settings and addresses", ("Secret", "ConfigPath", "canonical_address", "API_VERSION")),
+    ("Errors", ("Denied", "NotDelivered", "Invalid", "InvalidEmail")),
+    ("Settings and addresses", ("Secret", "ConfigPath", "canonical_address", "parse_scope", "API_VERSION")),
 )
 
 # Defined elsewhere, in one line here.
@@ -42,6 +57,10 @@ ELSEWHERE = {
     "canonical_address": (
         "`canonical_address(address: str) -> str`: the one form in which addresses are compared and kept. "
         "Raises InvalidEmail."
+    ),
+    "Invalid": "Raised by `parse_scope`; its `message` and `hint` are for the operator.",
+    "parse_scope": (
+        "`parse_scope(text: str) -> Scope`: a rule as settings have it, `GET /x/**` or `/x/**`. Raises Invalid."
     ),
     "API_VERSION": "The version of this API, which a plugin's `api_version` must be: `1`.",
     "Step": "`Form | Redirect | Identity`",
