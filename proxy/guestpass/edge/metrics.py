@@ -14,15 +14,8 @@ from prometheus_client.registry import Collector
 # Why something was revoked; a plugin's own reasons may be any text, a label may not.
 REASONS = frozenset(
     ("deleted", "expired", "recipient_removed", "session_ended", "share_updated", "gateway_removed")
-    + (
-        "ended_by_owner",
-        "replaced",
-        "signed_out",
-        "max_sessions",
-        "sign_in_not_taken",
-        "denied",
-        "plugin_failed",
-    )
+    + ("ended_by_owner", "replaced", "signed_out", "max_sessions", "denied", "plugin_failed")
+    + ("sign_in_not_taken",)
 )
 
 # Upper bounds of the buckets of durations, in seconds.

@@ -356,6 +356,10 @@ class SignInPages(Desk):
         await self._service.end_flow(flow.id)
         if remember:
             detail = {"provider": identity.provider, "client": request[CLIENT].address}
+            if identity.subject:
+                detail["subject"] = (
+                    identity.subject
+                )  # which account it was there, should the address change hands
             self._events.emit(
                 Event("signin.succeeded", self._now(), identity.email, flow.share_id, detail=detail)
             )
