@@ -92,8 +92,9 @@ conformance: $(VENV)/extra-test
 	GUESTPASS_LONG=1 GUESTPASS_SCOREBOARD=benchmarks/results/conformance.json $(BIN)/pytest -q tests/conformance
 
 # What plugins may do, what they cannot do to others, and how fast a revocation ends things (long forms).
-plugins: $(VENV)/extra-test
-	GUESTPASS_LONG=1 GUESTPASS_SCOREBOARD=benchmarks/results/plugins.json $(BIN)/pytest -q tests/plugins
+# Some drive Chromium, and an OpenID provider on Node (Debian: chromium, nodejs, npm).
+plugins: $(VENV)/extra-test $(VENV)/extra-apps
+	GUESTPASS_LONG=1 GUESTPASS_SCOREBOARD=benchmarks/results/plugins.json $(BIN)/pytest -q tests/plugins tests/apps/test_sign_in.py
 
 # Plots of a simulation; it measures no time, so they change only with the choosers.
 choosers: $(VENV)/extra-test $(VENV)/extra-bench

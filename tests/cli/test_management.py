@@ -87,6 +87,9 @@ def test_a_share_from_creation_to_deletion(command, edge):
     )
     assert [r["email"] for r in changed["recipients"]] == ["b@example.org", "d@example.org", "e@example.org"]
 
+    assert command("share", "update", made["id"], "--sign-in", "email-code")["sign_in"] == ["email-code"]
+    assert command("share", "update", made["id"], "--sign-in", "any")["sign_in"] == []
+
     gone = command("share", "delete", made["id"])
     assert gone["id"] == made["id"]
     assert set(gone["revoked"]) == {"sessions", "streams", "took_ms"}

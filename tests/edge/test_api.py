@@ -276,6 +276,8 @@ async def test_a_body_without_a_length_that_is_too_large(s: Served) -> None:
         ({"exipres": "7d"}, 'unknown key "exipres"; did you mean "expires"?'),
         ({"max_sessions": "3"}, 'key "max_sessions"'),
         ({"max_sessions": True}, 'key "max_sessions"'),
+        ({"sign_in": ["nobody"]}, "no way of signing in named 'nobody'"),
+        ({"sign_in": "google"}, 'key "sign_in"'),
         ({"max_sessions": 0}, "max_sessions must be between"),
         ({"to": "alice@example.org"}, 'key "to"'),
         ({"to": []}, "needs a recipient"),

@@ -7,6 +7,7 @@ unproven ends at the page that asks for a mailed code; that is counted as refuse
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import time
@@ -655,6 +656,16 @@ async def test_a_provider_that_was_down_when_the_edge_started_is_found_later(
     assert await trial.begin(afresh=False) is None, "it was asked a moment ago"
     clock.at += RETRY_SECONDS + 1
     assert await trial.succeeds()
+
+
+async def test_two_returns_at_the_same_time_let_one_in(trial: Trial, provider: Hostile) -> None:
+    assert await trial.honest()
+    sign_in = await trial.begin()
+    assert sign_in is not None
+    provider.forms.clear()
+    pages = await asyncio.gather(*(sign_in.browser.get(sign_in.answer()) for _ in range(8)))
+    assert [page.status for page in pages].count(303) == 1
+    assert len(provider.forms) == 1, "the code was redeemed once"
 
 
 async def test_what_is_sent_to_the_provider(trial: Trial, provider: Hostile) -> None:

@@ -71,6 +71,8 @@ async def test_whom_the_provider_verified_is_let_in(edge: People, way: str) -> N
     assert page.text.endswith("/plots?x=1")
     (session,) = await edge.service.sessions(share.id, live=True)
     assert (session.email, session.provider) == (ALICE, way)
+    (event,) = (e for e in edge.seen if e.type == "signin.succeeded")
+    assert str(event.detail["subject"]).endswith(" verified")
     assert not edge.mail
 
 

@@ -139,6 +139,10 @@ async def test_forgetting(edge: People, clock: Clock) -> None:
     assert "Forget the devices" in page.words
     page = await browser.follow(await browser.submit(page, action="forget"))
     assert "application" in page.text
+    assert [(e.type, e.actor) for e in edge.seen if "device" in e.type] == [
+        *[("signin.device_remembered", ALICE)] * 2,
+        ("signin.devices_forgotten", ALICE),
+    ]
     for device in devices:
         page = await by_passkey(edge, share, device)
         assert "does not prove an address here any more" in page.words

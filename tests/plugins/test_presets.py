@@ -131,6 +131,8 @@ async def test_microsoft_without_one_needs_a_code(tmp_path: Path, provider: Host
         ("common", (), TENANT, True),
         ("organizations", (TENANT,), TENANT, True),
         ("organizations", (TENANT,), FOREIGN, False),
+        ("organizations", (), MICROSOFT_PERSONAL, False),
+        ("common", (), MICROSOFT_PERSONAL, True),
         (TENANT, (), FOREIGN, False),
         ("consumers", (), TENANT, False),
         ("consumers", (), MICROSOFT_PERSONAL, True),

@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from guestpass.plugin import Host, Passkey, SignIn
+from guestpass.plugin import Event, Host, Passkey, SignIn
 
 # A person looks for a finger or a key.
 TIMEOUT_MS = 120_000
@@ -127,6 +127,7 @@ class Passkeys:
         }
         await self._host.storage.set(key, {**record, "expires": proven + self._seconds}, ttl=ttl)
         await self._host.storage.set(self._about(email, "devices"), True, ttl=ttl)
+        self._host.emit(Event("signin.device_remembered", self._host.now(), email))
         return True
 
     async def use(self, sign_in: SignIn, credential: str) -> str | None:
@@ -170,6 +171,7 @@ class Passkeys:
         """All devices, at once."""
         await self._host.storage.add(self._about(email, "generation"))
         await self._host.storage.delete(self._about(email, "devices"))
+        self._host.emit(Event("signin.devices_forgotten", self._host.now(), email))
 
     async def _generation(self, email: str) -> int:
         return int(await self._host.storage.get(self._about(email, "generation")) or 0)

@@ -253,11 +253,11 @@ class SignInPages(Desk):
             return self._pages.error(404, request=request)
         except (Denied, PluginFailed) as exc:
             return await self._denied(request, flow, name, exc)
-        if is_speculative(request) and not isinstance(step, Form):
-            # Going on would give the flow to this browser, which only looks ahead.
-            return self._pages.error(503, request=request)
         if isinstance(step, Form) and not step.state:
             return await self._form(request, flow, name, step)  # nothing to remember yet
+        if is_speculative(request):
+            # Going on would give the flow to this browser, which only looks ahead.
+            return self._pages.error(503, request=request)
         return await self._next(request, flow, name, step)
 
     async def _sign_in_posted(self, request: web.Request) -> web.StreamResponse:
@@ -357,6 +357,10 @@ class SignInPages(Desk):
         await self._service.end_flow(flow.id)
         if remember:
             detail = {"provider": identity.provider, "client": request[CLIENT].address}
+            if identity.subject:
+                detail["subject"] = (
+                    identity.subject
+                )  # which account it was there, should the address change hands
             self._events.emit(
                 Event("signin.succeeded", self._now(), identity.email, flow.share_id, detail=detail)
             )

@@ -3,6 +3,7 @@
 //
 // Clients: "basic" and "post" with the secret "a secret, with = and %", "public" without one.
 
+import { generateKeyPairSync } from 'node:crypto'
 import { createServer } from 'node:http'
 
 import Provider from 'oidc-provider'
@@ -25,9 +26,8 @@ const client = (client_id, token_endpoint_auth_method) => ({
 })
 
 const server = createServer()
-server.listen(0, '127.0.0.1', async () => {
+server.listen(0, '127.0.0.1', () => {
   const issuer = `http://127.0.0.1:${server.address().port}`
-  const { generateKeyPairSync } = await import('node:crypto')
   const key = (kid, alg, type, options) => ({
     ...generateKeyPairSync(type, options).privateKey.export({ format: 'jwk' }),
     kid,

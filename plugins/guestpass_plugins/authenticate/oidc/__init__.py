@@ -57,6 +57,7 @@ from guestpass.plugin import (
     canonical_address,
 )
 from guestpass_plugins.authenticate.oidc.documents import (
+    Misfit,
     ProviderFault,
     Unreachable,
     fetch,
@@ -161,7 +162,9 @@ class Oidc(Authenticator):
             return
         try:
             await self._provider.metadata()
-        except Unreachable as exc:
+        except Misfit:
+            raise
+        except ProviderFault as exc:
             # It may be down while we start, and be back when somebody comes.
             host.logger.warning("%s; it is asked again when somebody signs in", exc)
 
@@ -307,6 +310,7 @@ class Oidc(Authenticator):
             nonce=str(sign_in.state["nonce"]),
             nonce_required=self._preset.nonce,
             tenants=self.config.tenants,
+            foreign_tenants=frozenset((MICROSOFT_PERSONAL,) if self.config.tenant == "organizations" else ()),
         )
         claims = await verified(answer.get("id_token"), self._provider, expected, self.host.now())
         subject = f"{claims['iss']} {claims['sub']}"

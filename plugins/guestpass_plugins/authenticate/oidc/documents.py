@@ -17,8 +17,8 @@ from yarl import URL
 
 # A discovery document or a key set is some kilobytes; the largest seen in the wild are below 40 KiB.
 MAX_DOCUMENT = 256 << 10
-# One answer. The edge's deadline of a sign-in, 15 s, has to hold two.
-ANSWER_SECONDS = 6.0
+# One answer. The edge's deadline of a sign-in, 15 s, has to hold three: metadata, token, keys.
+ANSWER_SECONDS = 4.5
 # What of a provider's words is worth a line in the log.
 MAX_QUOTED = 200
 
@@ -29,6 +29,10 @@ class ProviderFault(Exception):
 
 class Unreachable(ProviderFault):
     """There was no answer, or one that says that the provider is out of order: what was known before holds on."""
+
+
+class Misfit(ProviderFault):
+    """Its metadata is that of another provider, or one that must not be used: waiting does not help."""
 
 
 def quoted(value: object) -> str:

@@ -39,7 +39,7 @@ _ALGORITHMS = get_default_algorithms()
 @dataclass(frozen=True, slots=True)
 class Expected:
     """What a token has to say. `issuer` may hold `{tenantid}`, which is the token's `tid`; `tenants`, where not empty,
-    says which ones may be. `nonce_required`: LinkedIn sends none back."""
+    says which ones may be, `foreign_tenants` which ones may not. `nonce_required`: LinkedIn sends none back."""
 
     issuer: str
     client_id: str
@@ -47,6 +47,7 @@ class Expected:
     nonce: str
     nonce_required: bool = True
     tenants: frozenset[str] = frozenset()
+    foreign_tenants: frozenset[str] = frozenset()
 
 
 async def verified(token: object, provider: Provider, expected: Expected, now: float) -> Mapping[str, Any]:
@@ -103,8 +104,8 @@ def _issuer(claims: Mapping[str, Any], expected: Expected) -> str:
         tenant = claims.get("tid")
         if not isinstance(tenant, str) or not GUID.fullmatch(tenant):
             raise ProviderFault("the ID token names no tenant (tid)")
-        if expected.tenants and tenant not in expected.tenants:
-            raise ProviderFault(f"the tenant {tenant} is not among `tenants`")
+        if tenant in expected.foreign_tenants or (expected.tenants and tenant not in expected.tenants):
+            raise ProviderFault(f"the tenant {tenant} is not among those that may sign in")
         issuer = issuer.replace("{tenantid}", tenant)
     if claims.get("iss") != issuer:
         raise ProviderFault(f"the ID token is from {quoted(claims.get('iss'))}, not from {issuer}")

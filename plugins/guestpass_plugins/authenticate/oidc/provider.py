@@ -22,6 +22,7 @@ from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from jwt.exceptions import PyJWTError
 
 from guestpass_plugins.authenticate.oidc.documents import (
+    Misfit,
     ProviderFault,
     Unreachable,
     fetch,
@@ -232,7 +233,10 @@ class Provider:
         status, found = await fetch(self._http(), "GET", url, f"the discovery document {url}", tls=self._tls)
         if status != 200:
             raise Unreachable(f"the discovery document {url} answers {status}")
-        return Metadata.from_document(found, self._advertised)
+        try:
+            return Metadata.from_document(found, self._advertised)
+        except ProviderFault as exc:
+            raise Misfit(str(exc)) from exc
 
     async def _fetch_keys(self) -> list[Key]:
         url = (await self.metadata()).jwks_uri
