@@ -38,6 +38,8 @@ CHAPTERS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "Form",
             "Field",
             "Action",
+            "Passkey",
+            "Unproven",
             "Redirect",
             "Identity",
             "Revocation",

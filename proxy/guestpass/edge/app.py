@@ -365,7 +365,8 @@ class Edge:
 
     async def _load_again(self) -> None:
         fresh = configuration.load_edge(self.config.file)
-        # What may fail goes first: then nothing was changed, as the log says. Certificates are tried where nobody is served.
+        # What may fail goes first: then nothing was changed, as the log says. Certificates are tried where nobody is
+        # served.
         self.keys.tick(time.time())
         Certificates().load(fresh.file, tuple(certificates.sources(fresh)))
         seen = _fingerprint(fresh)
