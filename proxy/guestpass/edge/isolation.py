@@ -590,12 +590,16 @@ class IsolatedAuthenticator(Isolated, Authenticator):
         assert self._process is not None
         self.interactive = bool(self._process.loaded["interactive"])  # type: ignore[misc]
         self.label = str(self._process.loaded["label"])
+        self.needs_proof = bool(self._process.loaded["needs_proof"])
 
     async def begin(self, sign_in: SignIn) -> Step:
         return await self.ask("begin", sign_in)  # type: ignore[no-any-return]
 
     async def complete(self, sign_in: SignIn, params: Mapping[str, str]) -> Step:
         return await self.ask("complete", sign_in, params)  # type: ignore[no-any-return]
+
+    async def prove(self, sign_in: SignIn, email: str) -> Step:
+        return await self.ask("prove", sign_in, email)  # type: ignore[no-any-return]
 
     async def identify(self, request: RequestContext) -> Identity | None:
         return await self.ask("identify", request)  # type: ignore[no-any-return]

@@ -418,6 +418,7 @@ def _describe(plugin: Plugin) -> dict[str, Any]:
         "name": plugin.name,
         "interactive": isinstance(plugin, Authenticator) and bool(plugin.interactive),
         "label": str(getattr(plugin, "label", "")),
+        "needs_proof": bool(getattr(plugin, "needs_proof", False)),
         "hooks": [h for h in HOOKS[plugin.kind] if getattr(type(plugin), h) is not getattr(base, h)],
     }
 

@@ -5,7 +5,7 @@ A frame is a length (four bytes, big-endian) and a JSON object whose `do` says w
 | from | do | with |
 |---|---|---|
 | edge | load | kind, use, name, settings, folder, secrets, limits, files |
-| process | loaded | name, interactive, label, hooks |
+| process | loaded | name, interactive, label, needs_proof, hooks |
 | process | refused | message, hint: the plugin cannot be loaded |
 | edge | start, stop | seed: what `Host.derive_key` rests on |
 | edge | call, cancel | id, hook, args |
@@ -31,7 +31,18 @@ import orjson
 from pydantic import TypeAdapter
 
 from guestpass.model import Candidate, Event, Identity, Revocation, Session, Share
-from guestpass.plugin import Choice, Client, Edits, Form, Message, Redirect, RequestContext, Static, Step
+from guestpass.plugin import (
+    Choice,
+    Client,
+    Edits,
+    Form,
+    Message,
+    Redirect,
+    RequestContext,
+    Static,
+    Step,
+    Unproven,
+)
 
 # A request's head is 32 KiB at most, a value of the storage 64 KiB: this is far beyond both.
 MAX_FRAME = 1 << 20
@@ -68,6 +79,7 @@ HOOKS: Mapping[str, Mapping[str, Hook]] = {
     "authenticator": {
         "begin": Hook((WireSignIn,), Step),
         "complete": Hook((WireSignIn, Mapping[str, str]), Step),
+        "prove": Hook((WireSignIn, str), Step),
         "identify": Hook((RequestContext,), Identity | None),
     },
     "revoker": {
@@ -106,7 +118,7 @@ SERVICES: Mapping[str, Hook] = {
 }
 
 # A union of dataclasses is written with the name of the one that it is.
-STEPS: Mapping[str, type] = {"Form": Form, "Redirect": Redirect, "Identity": Identity}
+STEPS: Mapping[str, type] = {"Form": Form, "Redirect": Redirect, "Identity": Identity, "Unproven": Unproven}
 
 
 @cache

@@ -1031,7 +1031,11 @@ def _proves(plugin: Plugin) -> bool:
     return (
         isinstance(plugin, Authenticator)
         and plugin.interactive
-        and type(plugin).prove is not Authenticator.prove
+        and (
+            "prove" in plugin.hooks
+            if isinstance(plugin, Isolated)
+            else type(plugin).prove is not Authenticator.prove
+        )
     )
 
 
