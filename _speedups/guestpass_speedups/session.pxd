@@ -46,7 +46,7 @@ cdef enum Event:    # the order is the one of EVENTS
 
 cdef enum:
     N_RTTS = 8          # half a minute of a busy tunnel
-    FILL_SPACE = 196615 # FILL_MAX + MAX_FRAME: a frame is started below the limit and may pass it
+    FILL_SPACE = 196615  # FILL_MAX + MAX_FRAME: a frame is started below the limit and may pass it
 
 cdef enum Code:     # ErrorCode, as C
     NO_ERROR

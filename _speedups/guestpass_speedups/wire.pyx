@@ -7,12 +7,13 @@ Theory of operation
     transport ─▶ get_buffer, buffer_updated ─▶ WebSocket._parse ─▶ Session.receive_raw
     transport ◀─ _write_frames, once a turn ◀─ WebSocket.cover ◀── Session.fill_at
 
-On a tunnel with little traffic nothing is shared between requests: each pays for two reads and two writes of the tunnel
-at either end, and with these in Python they cost more than all that the session does. What is rare is called by name:
-`_faulty` when anything raises, `_after_read` when there is more to do than to go on, `_received_raw` before the upgrade.
+On a tunnel with little traffic nothing is shared between requests: each pays for a read and a write of the tunnel at
+either end, and with these in Python they cost more than all that the session does. What is rare is called by name:
+`_faulty` when anything raises, `_after_read` when there is more to do than to go on, `_received_raw` before the
+upgrade.
 
-**One buffer for all reads, and one for all writes, of a thread.** The former is emptied before the loop's next callback.
-The latter is for transports that have taken everything when `write` returns, which TLS does: it encrypts or copies. So
+**One buffer for all reads, and one for all writes, of a thread.** The former is emptied before the loop's next
+callback. The latter is for transports that have taken everything when `write` returns, which TLS does: it encrypts or copies. So
 a message is filled, masked and encrypted where it lies. Other transports keep what they are given, and get bytes.
 """
 
@@ -43,7 +44,7 @@ cdef extern from *:
     void gp_keep_freed(int trim, int map) noexcept
 
 cdef enum:
-    # Of freed memory the process keeps so much at the end of its heap. Bodies come in pieces of 64 KiB and go in bursts;
+    # Of freed memory the process keeps so much at the end of its heap. Bodies come in pieces of 64 KiB, go in bursts;
     # glibc's own 128 KiB (or twice the largest piece that it mapped) means that the end is given back and faulted in
     # again all the time: a twentieth of a gateway's time with bodies of 1 MB.
     KEPT = 16777216

@@ -20,8 +20,6 @@ from typing import Any, TypeVar
 
 import aiofastnet
 
-from guestpass_speedups.wire import keep_freed_memory
-
 log = logging.getLogger("guestpass.loop")
 
 T = TypeVar("T")
@@ -48,7 +46,6 @@ if sys.platform != "win32":
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """`asyncio.run` on the loop that this machine runs best."""
-    keep_freed_memory()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(main)
 

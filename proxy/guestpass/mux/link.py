@@ -42,12 +42,14 @@ from guestpass.mux.handshake import HandshakeError, Hello, Proof, UpgradeRefused
 from guestpass.mux.stream import StreamReset, TunnelStream
 from guestpass_speedups.session import Budget, ErrorCode, Session, Stream, TunnelError
 from guestpass_speedups.websocket import GOING_AWAY, NORMAL, WebSocket, WebSocketError
-from guestpass_speedups.wire import Wire
+from guestpass_speedups.wire import Wire, keep_freed_memory
 
 if TYPE_CHECKING:
     from guestpass_speedups.session import SessionHandler
 
 log = logging.getLogger("guestpass.tunnel")
+
+keep_freed_memory()  # whoever imports this is an edge or a gateway
 
 # Water marks of the transport. uvloop's defaults for TLS let 576 KiB pile up, and urgent frames would stand behind it.
 WRITE_HIGH = 128 * 1024
