@@ -13,8 +13,9 @@ either end, and with these in Python they cost more than all that the session do
 upgrade.
 
 **One buffer for all reads, and one for all writes, of a thread.** The former is emptied before the loop's next
-callback. The latter is for transports that have taken everything when `write` returns, which TLS does: it encrypts or copies. So
-a message is filled, masked and encrypted where it lies. Other transports keep what they are given, and get bytes.
+callback. The latter is for transports that have taken everything when `write` returns, which TLS does: it encrypts or
+copies. So a message is filled, masked and encrypted where it lies. Other transports keep what they are given, and get
+bytes.
 """
 
 import threading
