@@ -192,7 +192,7 @@ async def test_rotation(app: Application, tmp_path: Path) -> None:
         await stack.get("/")
         await logged(stack, path, 1)
         path.rename(tmp_path / "access.log.1")
-        stack.edge.reload()
+        await stack.edge.reload()
         await stack.get("/")
         await logged(stack, path, 1)
     assert len(lines(tmp_path / "access.log.1")) == 1

@@ -383,7 +383,7 @@ async def test_a_reload_renews_and_drops_nobody(stack: Stack, tmp_path: Path) ->
     cert, key = issue(tmp_path, "renewed", "two.localhost", "renewed.localhost")
     extra, extra_key = issue(tmp_path, "extra", "extra.localhost")
     rewrite(stack, section(cert, key), section(extra, extra_key))
-    stack.edge.reload()
+    await stack.edge.reload()
     assert "renewed.localhost" in await asyncio.to_thread(served, port, "two.localhost")
     assert "extra.localhost" in await asyncio.to_thread(served, port, "extra.localhost")
     assert "localhost" in await asyncio.to_thread(served, port, "one.localhost")  # it has none any more
@@ -401,7 +401,7 @@ async def test_a_bad_new_certificate_keeps_all_old_ones_and_says_so(
     rewrite(
         stack, section(one, one_key), section(cert, tmp_path / "two.key")
     )  # the last is half of a renewal
-    stack.edge.reload()
+    await stack.edge.reload()
     said = next(r.getMessage() for r in caplog.records if "nothing was changed" in r.getMessage())
     assert str(cert) in said
     assert "edge.certificate" in said
@@ -414,7 +414,7 @@ async def test_from_one_certificate_to_several_by_a_reload(tmp_path: Path) -> No
         port = port_of(stack)
         assert "localhost" in await asyncio.to_thread(served, port, "two.localhost")
         rewrite(stack, section(*issue(tmp_path, "two", "two.localhost")))
-        stack.edge.reload()
+        await stack.edge.reload()
         assert "two.localhost" in await asyncio.to_thread(served, port, "two.localhost")
 
 
@@ -428,7 +428,7 @@ async def test_a_gateway_comes_back_after_the_default_was_renewed(stack: Stack, 
     shutil.copy(key, tls_section.key)
     (tmp_path / "ca.pem").write_bytes(ca.pem())
     rewrite(stack)
-    stack.edge.reload()
+    await stack.edge.reload()
     await stack.stop_gateway("gw-1")
     await stack.add_gateway("gw-2")
 

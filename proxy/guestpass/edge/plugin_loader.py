@@ -75,7 +75,7 @@ NEEDS_ONE_OF: Mapping[str, tuple[str, ...]] = {"request-filter": ("compile", "on
 
 # Those that run in a thread where the plugin is `blocking`.
 BLOCKING_HOOKS: Mapping[str, tuple[str, ...]] = {
-    "authenticator": ("begin", "complete", "identify"),
+    "authenticator": ("begin", "complete", "prove", "identify"),
     "revoker": ("check",),
     "backend-chooser": ("choose",),
     "request-filter": ("compile", "on_request"),

@@ -1031,11 +1031,7 @@ def _proves(plugin: Plugin) -> bool:
     return (
         isinstance(plugin, Authenticator)
         and plugin.interactive
-        and (
-            "prove" in plugin.hooks
-            if isinstance(plugin, Isolated)
-            else type(plugin).prove is not Authenticator.prove
-        )
+        and _overrides(plugin, Authenticator, "prove")
     )
 
 
