@@ -63,10 +63,8 @@ class Report:
 def check(args: argparse.Namespace, output: Output) -> int:
     settings = _settings(args.settings)
     report = Report()
-    # What the edge logs is told as a step.
-    logging.getLogger("guestpass").setLevel(logging.CRITICAL)
     found: tuple[Kind, type[Plugin]] | None = None
-    with _path_of(args.name):
+    with _path_of(args.name), _silent("guestpass"):  # what the edge logs is told as a step
         try:
             found = find(args.name)
         except GuestpassError as exc:
@@ -103,6 +101,17 @@ def _settings(path: str | None) -> dict[str, Any]:
 
 
 # ── load ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
