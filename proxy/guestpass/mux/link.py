@@ -159,6 +159,8 @@ class Link(asyncio.BufferedProtocol):
         """Code of the other end's GOAWAY."""
         self.closed: asyncio.Future[None] = self._loop.create_future()
         """Done when the connection is gone."""
+        self.guard: Callable[[], None] | None = None
+        """Called before what was read is looked at, and before anything is written: may end streams."""
         self.bytes_received = 0
         self.bytes_sent = 0
         """Tunnel bytes without WebSocket and TLS framing."""
@@ -234,6 +236,8 @@ class Link(asyncio.BufferedProtocol):
         return self._view
 
     def buffer_updated(self, nbytes: int) -> None:
+        if self.guard is not None:
+            self.guard()
         if self.end is None:
             self._received(self._view, nbytes)
 
@@ -282,6 +286,8 @@ class Link(asyncio.BufferedProtocol):
 
     def _flush(self) -> None:
         self._flush_due = False
+        if self.guard is not None:
+            self.guard()
         transport = self._transport
         if self._paused or transport is None or self.end is not None:
             return
