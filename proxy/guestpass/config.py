@@ -147,6 +147,10 @@ class Tls(_Section):
     key: Path
 
 
+# Each is a process with an event loop of its own; beyond the processors that a machine has they only cost.
+MAX_WORKERS = 64
+
+
 class EdgeSection(_Section):
     """`[edge]`"""
 
@@ -159,7 +163,7 @@ class EdgeSection(_Section):
     tls: Tls | None = None
     insecure: bool = False  # plain http:// on other than loopback addresses
     trusted_proxies: tuple[Network, ...] = ()
-    workers: int = Field(default=1, ge=1)
+    workers: int = Field(default=1, ge=1, le=MAX_WORKERS)
     fast_lane: bool = True
     drain_seconds: float = Field(default=30, ge=0, le=3600)
     # Where gateways may go while this edge is drained, besides the edges that they know themselves.
@@ -183,8 +187,6 @@ class EdgeSection(_Section):
                     f"listen: {url} is plain HTTP on an address that is not loopback: "
                     "use https, or set insecure = true"
                 )
-        if self.workers != 1:
-            raise ValueError("workers: this version runs one worker; set workers = 1")
         if not self.state.startswith("sqlite:///"):
             raise ValueError("state: this version stores in SQLite only: sqlite:///PATH")
         return self

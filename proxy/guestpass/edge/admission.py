@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -97,6 +98,10 @@ TOO_MANY_VIEWERS = (
     "If one of them is you in another browser, sign out there; or ask the owner to allow more."
 )
 
+Agree = Callable[[str, Sequence[str], str | None], Awaitable[str | None]]
+"""(session id, gateways that could serve it, the one that was chosen, or None to ask whether there is one already):
+the session's gateway, the same for all who ask."""
+
 
 class Admission(Desk):
     """Serves sign-in on the main origin, the hand-over on shares' origins, and makes grants."""
@@ -112,10 +117,13 @@ class Admission(Desk):
         pages: Pages,
         events: EventHub,
         metrics: Metrics | None = None,
+        agree: Agree | None = None,
     ) -> None:
+        """`agree`: how several workers come to the same gateway for a session."""
         super().__init__(
             origins=origins, service=service, plugins=plugins, pages=pages, events=events, metrics=metrics
         )
+        self._agree = agree
         self._grants = grants
         self._tunnels = tunnels
         self._sign_in = SignInPages(
@@ -188,7 +196,11 @@ class Admission(Desk):
                 f"no gateway of {share.site} that offers {share.service} is connected",
                 hint="Start a gateway, or see why it does not connect: guestpass gateway list.",
             )
-        return (await self._plugins.choose(Choice(share, session, candidates))).name
+        names = [candidate.name for candidate in candidates]
+        if self._agree is not None and (agreed := await self._agree(session.id, names, None)) is not None:
+            return agreed
+        chosen = (await self._plugins.choose(Choice(share, session, candidates))).name
+        return chosen if self._agree is None else await self._agree(session.id, names, chosen) or chosen
 
     def _restored(self, key: tuple[SessionKind, bytes, str], task: asyncio.Task[Grant]) -> None:
         if self._restoring.get(key) is task:

@@ -13,27 +13,34 @@ import secrets
 import ssl
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
+from itertools import repeat
 from typing import Any
-from urllib.parse import urlsplit
 
 import orjson
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import generate_latest
 
 from guestpass import config as configuration
-from guestpass.config import EdgeConfig, PluginSection
+from guestpass.config import EdgeConfig
 from guestpass.daemon import Signals, reloading
 from guestpass.edge import headers as h
+from guestpass.edge.admin import Admin, ServerLog
 from guestpass.edge.admission import Admission
 from guestpass.edge.api import Api
 from guestpass.edge.api import routes as api_routes
-from guestpass.edge.assertion import Signer, write_private
+from guestpass.edge.assertion import Signer
 from guestpass.edge.console import Console
 from guestpass.edge.events import EventHub
-from guestpass.edge.front import HANDLER_KEEPALIVE, Answered, FastLane, House, bare_lane
+from guestpass.edge.front import HANDLER_KEEPALIVE, Answered, FastLane, House
 from guestpass.edge.grants import GrantTable
+from guestpass.edge.home import (
+    Home,
+    api_key_of,
+    make_state_folder,
+    plugin_secret,
+    ready_line,
+    with_notifiers,
+)
 from guestpass.edge.keys import CLIENT, SCHEME, SHARE_ID
 from guestpass.edge.listener import Listener
 from guestpass.edge.metrics import Metrics
@@ -42,15 +49,11 @@ from guestpass.edge.pages import Pages
 from guestpass.edge.plugins import PluginSet
 from guestpass.edge.relay import Relay
 from guestpass.edge.tunnels import Tunnels, own_certificate_hash
+from guestpass.edge.worker import Seat
 from guestpass.errors import ConfigError, GuestpassError
 from guestpass.model import Revocation, Revoked
 from guestpass.plugin import Client
-from guestpass.shares.bus import Bus
-from guestpass.shares.courier import Courier
-from guestpass.shares.service import ShareService
-from guestpass.shares.store import Store
-from guestpass.tokens import API_KEY_PREFIX, new_secret
-from guestpass_speedups.relay import Lane
+from guestpass_speedups.relay import HEAD_TIMEOUT, IDLE_TIMEOUT, Connection, Lane
 from guestpass_speedups.session import Budget
 
 log = logging.getLogger("guestpass.edge")
@@ -70,8 +73,23 @@ SWEEP_SECONDS = 60.0
 # How often a drain looks whether the last stream has ended.
 DRAIN_POLL = 0.05
 
+# A worker that is replaced waits so long for its gateways' tunnels to other workers: a dial, a handshake, and time.
+HAND_OVER_SECONDS = 10.0
+
+# And leaves connections alone that did nothing for so long: a client that keeps asking has been answered by then.
+HAND_OVER_IDLE = 2.0
+
 RESERVED_PREFIX = "/.guestpass/"
 ASSETS_PREFIX = "/.guestpass/assets/"
+
+# Pages for owners, which are about what all workers do.
+OWNER_PREFIXES = ("/api/", "/console")
+
+# What a connection waits for while it does nothing, and for how long it may.
+IDLE_TIMES = {"IDLE": IDLE_TIMEOUT, "HEAD": HEAD_TIMEOUT}
+
+# Kinds of plugins that a worker has; the others are the supervisor's.
+DECIDING = frozenset(("authenticate", "revoke", "choose", "filter"))
 
 # A JSON or form body for our own handlers; shared applications' bodies stream and have no cap.
 MAX_OWN_BODY = 256 * 1024
@@ -80,11 +98,13 @@ MAX_OWN_BODY = 256 * 1024
 class Edge:
     """One edge process. `start`, then `drain` and `stop`."""
 
-    def __init__(self, config: EdgeConfig) -> None:
+    def __init__(self, config: EdgeConfig, seat: Seat | None = None) -> None:
+        """`seat`: of one worker among several; without one, the edge is this process."""
         self.config = config
+        self._seat = seat
         self._listeners: list[Listener] = []
         self._lanes: list[Lane] = []
-        self._admin: Listener | None = None
+        self._admin: Admin | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._cleanups: list[Callable[[], Awaitable[None]]] = []
         self._tls: ssl.SSLContext | None = None
@@ -101,46 +121,46 @@ class Edge:
 
     async def _start(self) -> dict[str, Any]:
         config, edge = self.config, self.config.edge
-        state = config.database.parent
-        try:
-            state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as exc:
-            raise ConfigError(
-                f'{config.file}: cannot make the folder {state}: {exc.strerror} (key "edge.state")'
-            ) from exc
+        seat = self._seat
+        state = make_state_folder(config)
         self.origins = Origins(edge.public_url, edge.share_domain)
         self._load_tls()
         self.metrics = Metrics()
-        self.plugins = PluginSet.load(with_notifiers(config), observe_hook=self.metrics.observe_hook)
         self.signer = Signer(state / "assertion.key", edge.public_url)
-        api_key, api_key_file = self._api_key(state)
-
-        store = await Store.open(config.database)
-        self._cleanups.append(store.close)
-        self.events = EventHub()
-        bus = Bus()
-        courier = Courier(store, self.plugins.notifiers, emit=self.events.emit)
-        self.service = service = ShareService(
-            store,
-            bus,
-            now=time.time,
-            emit=self.events.emit,
-            renew=lambda share, sessions: self.grants.renew(share, sessions),
-            public_url=edge.public_url,
-            share_origin=self.origins.share_origin,
-            default_owner=edge.owner,
-        )
-        self._cleanups.append(service.close)
+        api_key, api_key_file = api_key_of(config, state)
+        self.grants: GrantTable
+        home: Home | None = None
+        if seat is None:
+            self.plugins = PluginSet.load(with_notifiers(config), observe_hook=self.metrics.observe_hook)
+            self.events = EventHub()
+            home = await Home.open(
+                config,
+                events=self.events,
+                notifiers=self.plugins.notifiers,
+                origins=self.origins,
+                renew=lambda share, sessions: self.grants.renew(share, sessions),
+            )
+            self._cleanups.append(home.close)
+            home.bus.subscribe(self._revoke)
+            self.service = home.service
+            notify, publish = home.courier.enqueue, home.bus.publish
+        else:
+            self.plugins = PluginSet.load(config, observe_hook=self.metrics.observe_hook, only=DECIDING)
+            self.events = seat.events
+            self.service = seat.service
+            notify, publish = seat.enqueue, seat.publish
+        service = self.service
         self.grants = GrantTable(touched=service.touch)
-        bus.subscribe(self._revoke)
         self.tunnels = Tunnels(
             edge_name=edge.name,
             find_key=self._find_key,
-            budget=Budget(edge.memory_budget),
+            budget=Budget(edge.memory_budget) if seat is None else seat.budget,
             certificate_hash=self._binding,
             on_event=self.events.emit,
             touched=service.seen,
             other_edges=edge.other_edges,
+            neighbours=seat.neighbours if seat is not None else None,
+            guard=seat.guard if seat is not None else None,
         )
         self.pages = Pages(self.origins)
         self.admission = Admission(
@@ -152,6 +172,7 @@ class Edge:
             pages=self.pages,
             events=self.events,
             metrics=self.metrics,
+            agree=seat.agree if seat is not None else None,
         )
         self.lane = FastLane(
             grants=self.grants,
@@ -177,32 +198,36 @@ class Edge:
         self.metrics.watch(
             grants=lambda: len(self.grants),
             streams=lambda: self.grants.all_streams,
-            tunnels=lambda: [(s.site, s.name, s.tunnels, s.rtt) for s in self.tunnels.status()],
+            tunnels=lambda: [(s.site, s.name, s.tunnels, s.rtt) for s in self.tunnels.held()],
             tunnel_bytes=lambda: (self.tunnels.bytes_received, self.tunnels.bytes_sent),
         )
+        if seat is not None:
+            seat.settle(self)
         await self.plugins.start(
             service,
             self.events,
-            notify=courier.enqueue,
-            revoke=bus.publish,
+            notify=notify,
+            revoke=publish,
             fail_closed=self.grants.end_all,
-            secret=_secret_file(state / "plugins.key").encode("ascii"),
+            secret=plugin_secret(state),
         )
         self._cleanups.append(self.plugins.stop)
-        await courier.start()
-        self._cleanups.append(courier.stop)
+        if home is not None:
+            await home.courier.start()
+            self._cleanups.append(home.courier.stop)
+        live = self.grants if seat is None else seat.live
         api = Api(
             service=service,
-            live=self.grants,
+            live=live,
             gateways=self.tunnels,
             events=self.events,
             api_key=api_key,
             edge_name=edge.name,
             share_origin=self.origins.share_origin,
         )
-        console = Console(
+        self.console = console = Console(
             service=service,
-            live=self.grants,
+            live=live,
             gateways=self.tunnels,
             pages=self.pages,
             api_key=api_key,
@@ -217,24 +242,23 @@ class Edge:
             trusted_proxies=edge.trusted_proxies,
             scheme=self.origins.scheme,
         )
-        admin_url = await self._admin_app()
-        for url in edge.listen:
-            listener = Listener(url, self._tls)
+        admin_url = await self._admin_app() if seat is None else ""
+        for url, sock in zip(edge.listen, seat.sockets if seat is not None else repeat(None), strict=False):
+            listener = Listener(url, self._tls, sock)
             await listener.start(self.house.front)
             self._listeners.append(listener)
         self._tasks.append(asyncio.create_task(self._sweep(), name="sweep"))
-        return {
-            "edge": edge.public_url,
-            "listen": [listener.url for listener in self._listeners],
-            "metrics": f"{admin_url}/metrics",
-            "api": f"{edge.public_url}/api/v1",
-            "outbox": None if config.mail is not None else str(config.resolve(edge.outbox)),
-            "pid": os.getpid(),
-            "api_key_file": str(api_key_file) if api_key_file is not None else None,
-        }
+        return ready_line(
+            config,
+            listen=[listener.url for listener in self._listeners],
+            admin_url=admin_url,
+            api_key_file=api_key_file,
+            pid=os.getpid(),
+        )
 
-    async def drain(self) -> None:
-        """Stop accepting, tell the gateways, let what runs finish, at most `drain_seconds`."""
+    async def drain(self, *, replaced: bool = False) -> None:
+        """Stop accepting, tell the gateways, let what runs finish, at most `drain_seconds`. `replaced`: other workers
+        go on, so nobody may notice that this one leaves."""
         self._draining = True
         for listener in self._listeners:
             listener.close()
@@ -243,6 +267,9 @@ class Edge:
         self.tunnels.leave()
         seconds = self.config.edge.drain_seconds
         deadline = time.monotonic() + seconds
+        if replaced and self._seat is not None:
+            self.events.close()  # who listens to them comes back at once
+            await self._hand_over(self._seat, deadline)
         while self.grants.all_streams and time.monotonic() < deadline:
             await asyncio.sleep(DRAIN_POLL)
         left = self.grants.end_all("edge_stopping", tails=False)
@@ -250,12 +277,24 @@ class Edge:
             log.info("drain: %d streams were still open after %g s", left, seconds)
         await self.tunnels.drain(max(deadline - time.monotonic(), 0.0))
 
+    async def _hand_over(self, seat: Seat, deadline: float) -> None:
+        """Until gateways have tunnels to other workers, these have stopped using the ones here, and visitors have gone:
+        each is told with an answer that its connection closes."""
+        settled = min(deadline, time.monotonic() + HAND_OVER_SECONDS)
+        while not self.tunnels.held_elsewhere() and time.monotonic() < settled:
+            await asyncio.sleep(DRAIN_POLL)
+        await seat.withdraw()
+        while time.monotonic() < deadline and (
+            self.grants.all_streams or self.tunnels.streams or not all(map(idles, self.lane.connections))
+        ):
+            await asyncio.sleep(DRAIN_POLL)
+
     async def stop(self) -> None:
         """Undo `start` in reverse order. Never raises."""
         for listener in self._listeners:
             listener.close()
         if self._admin is not None:
-            self._admin.close()
+            await self._admin.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -318,22 +357,20 @@ class Edge:
             return bytes.fromhex(self.config.edge.tunnel_certificate_hash)
         return self._certificate_hash if transport.get_extra_info("sslcontext") is not None else b""
 
-    def _api_key(self, state: Path) -> tuple[str, Path | None]:
-        secret = self.config.edge.api_key
-        if secret is not None:
-            return secret.of(self.config.file, "edge.api_key"), None
-        path = state / "api.key"
-        return _secret_file(path, API_KEY_PREFIX), path
-
     async def _find_key(self, site: str, name: str, key: bytes) -> bool:
         gateway = await self.service.find_gateway(site, name)
         return gateway is not None and secrets.compare_digest(gateway.public_key, key)
 
     def _revoke(self, revocation: Revocation) -> Revoked:
+        ended = self.revoke(revocation)
+        self.metrics.count_revocation(revocation.reason, ended.took_ms / 1000)
+        return ended
+
+    def revoke(self, revocation: Revocation) -> Revoked:
+        """End in this process what `revocation` names."""
         ended = self.grants.revoke(revocation)
         if revocation.gateway is not None:
             self.tunnels.disconnect(*revocation.gateway)
-        self.metrics.count_revocation(revocation.reason, ended.took_ms / 1000)
         return ended
 
     async def _sweep(self) -> None:
@@ -362,7 +399,7 @@ class Edge:
             handler_cancellation=True,
             access_log=log,
             access_log_class=Answered,
-            logger=_ServerLog(self.metrics),
+            logger=ServerLog(self.metrics.refused),
             auto_decompress=False,
             keepalive_timeout=HANDLER_KEEPALIVE,
             max_line_size=MAX_LINE,
@@ -434,6 +471,9 @@ class Edge:
         # Of the decoded path, which is what the router looks at.
         elif request.path.startswith(RESERVED_PREFIX) and not request.path.startswith(ASSETS_PREFIX):
             raise web.HTTPNotFound
+        elif self._seat is not None and request.path.startswith(OWNER_PREFIXES):
+            async with self._seat.for_owner(self.console):
+                return await handler(request)
         return await handler(request)
 
     def _count_refused(self, status: int) -> None:
@@ -447,104 +487,28 @@ class Edge:
         )
 
     async def _admin_app(self) -> str:
-        host = _host(self.config.edge.admin_listen)
-        allowed = {"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host}
-
-        @web.middleware
-        async def known_host(
-            request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-        ) -> web.StreamResponse:
-            # A web page that resolves its own name to this address must not read the metrics (DNS rebinding).
-            if request.host.rpartition(":")[0].lower() not in allowed and request.host.lower() not in allowed:
-                return web.Response(status=421, text="no such host here\n")
-            return await handler(request)
-
-        app = web.Application(middlewares=[known_host])
-        app.router.add_get("/metrics", self._metrics)
-        app.router.add_get("/healthz", self._healthz)
-        app.router.add_get("/readyz", self._readyz)
-        runner = web.AppRunner(
-            app,
-            access_log=log,
-            access_log_class=Answered,
-            logger=_ServerLog(self.metrics),
-            keepalive_timeout=HANDLER_KEEPALIVE,
-            shutdown_timeout=1.0,
-        )
-        await runner.setup()
-        self._cleanups.append(runner.cleanup)
-        server = runner.server
-        assert server is not None
-        listener = Listener(f"http://{self.config.edge.admin_listen}", None)
-        lane = bare_lane()
-        self._lanes.append(lane)
-        house = House(
-            lane=lane,
-            handler=server,
-            tunnel=lambda transport, head, rest: transport.abort(),
+        self._admin = Admin(
+            self.config.edge.admin_listen,
+            metrics=self._metrics,
+            faults=self.faults,
             pages=self.pages,
-            refused=self._count_refused,
+            refused=self.metrics.refused,
         )
-        await listener.start(house.front)
-        self._admin = listener
-        return listener.url
+        return await self._admin.start()
 
-    async def _metrics(self, request: web.Request) -> web.Response:
-        return web.Response(
-            body=generate_latest(self.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
-        )
+    async def _metrics(self) -> bytes:
+        return generate_latest(self.metrics.registry)
 
-    async def _healthz(self, request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok"})
-
-    async def _readyz(self, request: web.Request) -> web.Response:
+    async def faults(self) -> dict[str, str]:
         faults: dict[str, str] = dict(self.plugins.health())
         if self._draining:
             faults["edge"] = "draining"
-        return web.json_response(
-            {"status": "not ready" if faults else "ready", "faults": faults}, status=503 if faults else 200
-        )
+        return faults
 
 
 async def _without_versions(request: web.Request, response: web.StreamResponse) -> None:
     """Otherwise aiohttp says which Python and which aiohttp this is."""
     response.headers["Server"] = "Guestpass"
-
-
-class _ServerLog(logging.LoggerAdapter[logging.Logger]):
-    """aiohttp's log without what visitors sent: its parser quotes the bytes that it refuses, which may be a cookie or a
-    piece of an upload, and anybody could fill the log with them."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        super().__init__(logging.getLogger("guestpass.edge.http"), {})
-        self._refused = metrics.refused
-
-    def exception(self, msg: object, *args: Any, exc_info: Any = True, **more: Any) -> None:
-        if isinstance(exc_info, HttpProcessingError):
-            self._refused.labels(str(exc_info.code)).inc()
-        else:
-            super().exception(msg, *args, exc_info=exc_info, **more)
-
-    def debug(self, msg: object, *args: Any, exc_info: Any = None, **more: Any) -> None:
-        if isinstance(exc_info, HttpProcessingError):
-            self._refused.labels(str(exc_info.code)).inc()
-        else:
-            super().debug(msg, *args, exc_info=exc_info, **more)
-
-
-def with_notifiers(config: EdgeConfig) -> EdgeConfig:
-    """The configuration with the notifier that `[mail]`, or its absence, implies when none is named."""
-    if config.notify:
-        return config
-    if config.mail is not None:
-        settings: dict[str, Any] = {"url": config.mail.smtp, "sender": config.mail.sender}
-        if config.mail.password is not None:
-            settings["password"] = config.mail.password.of(config.file, "mail.password")
-        keys = {"url": "mail.smtp", "sender": "mail.from", "password": "mail.password"}
-        section = PluginSection.standing_for("[mail]", keys, use="smtp", **settings)
-    else:
-        section = PluginSection(use="outbox", folder=str(config.resolve(config.edge.outbox).absolute()))
-    return config.model_copy(update={"notify": (section,)})
 
 
 def load_certificate(context: ssl.SSLContext, config: EdgeConfig, tls: configuration.Tls) -> None:
@@ -562,16 +526,26 @@ def load_certificate(context: ssl.SSLContext, config: EdgeConfig, tls: configura
         ) from exc
 
 
-def _secret_file(path: Path, prefix: str = "") -> str:
-    """A secret of ours that is made at the first start and kept in a file of mode 0600. Raises ConfigError."""
-    if not path.exists():
-        write_private(path, new_secret(prefix).encode("ascii") + b"\n")
-    return configuration.Secret(file=path.absolute()).read(path.parent)
+def idles(connection: Connection) -> bool:
+    """Whether a visitor's connection is between requests, and has been for a while."""
+    limit = connection.time_limit
+    if limit is None or limit[0] not in IDLE_TIMES:
+        return False
+    return time.monotonic() - (limit[1] - IDLE_TIMES[limit[0]]) > HAND_OVER_IDLE
 
 
-def _host(value: str) -> str:
-    """Of HOST:PORT, in lower case; an IPv6 address without its brackets."""
-    return urlsplit("//" + value).hostname or ""
+async def work(config: EdgeConfig, seat: Seat) -> None:
+    """Be a worker until the supervisor says so, or is gone. Faults of the start are told to it."""
+    edge = Edge(config, seat)
+    try:
+        await edge.start()
+    except GuestpassError as exc:
+        await seat.failed(exc)
+        return
+    try:
+        await seat.serve()
+    finally:
+        await edge.stop()
 
 
 async def serve(config: EdgeConfig, *, ready: Callable[[dict[str, Any]], None]) -> None:

@@ -23,7 +23,7 @@ import logging
 import pickle
 import socket
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from guestpass.errors import GuestpassError, StoreError
 from guestpass.shares.service import Unset
@@ -35,8 +35,8 @@ MAX_FRAME = 64 << 20
 
 # Modules whose dataclasses, enumerations and errors cross.
 MODULES = frozenset(
-    ("guestpass.errors", "guestpass.model", "guestpass.plugin", "guestpass.edge.peers")
-    + ("guestpass.shares.bus", "guestpass.shares.service", "guestpass.shares.pages")
+    ("guestpass.errors", "guestpass.model", "guestpass.plugin", "guestpass.edge.console")
+    + ("guestpass.edge.peers", "guestpass.shares.bus", "guestpass.shares.service", "guestpass.shares.pages")
     + ("guestpass.shares.store.rows",)
 )
 BUILTINS = {"set": set, "frozenset": frozenset}
@@ -102,13 +102,11 @@ class Channel(asyncio.Protocol):
         self.refusal: Callable[[], GuestpassError | None] = lambda: None
         """Asked before each call: why it cannot be made."""
 
-    @classmethod
-    async def over(cls, sock: socket.socket, handlers: Mapping[str, Handler], *, who: str) -> Channel:
-        channel = cls(handlers, who=who)
+    async def join(self, sock: socket.socket) -> None:
+        """Begin, on this end's socket."""
         sock.setblocking(False)
         # A connected socket of its own family: the event loop treats it as any stream.
-        await channel._loop.create_unix_connection(lambda: channel, sock=sock)
-        return channel
+        await self._loop.create_unix_connection(lambda: self, sock=sock)
 
     # ── what the owner calls ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -128,7 +126,7 @@ class Channel(asyncio.Protocol):
 
     def tell(self, name: str, *args: Any) -> None:
         """Without an answer. Nothing happens when the other end is gone."""
-        if not self.closed.done():
+        if self._transport is not None and not self._transport.is_closing():
             self._send((TELL, 0, name, args, {}))
 
     def fail_waiting(self, error: GuestpassError) -> None:
@@ -150,8 +148,7 @@ class Channel(asyncio.Protocol):
     # ── asyncio's calls ──────────────────────────────────────────────────────────────────────────────────────────
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None

@@ -20,9 +20,9 @@ BACKLOG = 1024
 
 
 class Listener:
-    """One `listen` URL of edge.toml."""
+    """One `listen` URL of edge.toml. `sock`: one that was bound already, by the supervisor of several workers."""
 
-    def __init__(self, url: str, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, url: str, tls: ssl.SSLContext | None, sock: socket.socket | None = None) -> None:
         parts = urlsplit(url)
         self.scheme = parts.scheme
         self._host = parts.hostname or ""
@@ -30,21 +30,30 @@ class Listener:
         self._port = parts.port if parts.port is not None else default_port
         self._tls = tls if parts.scheme == "https" else None
         self._server: asyncio.AbstractServer | None = None
+        self._sock = sock
         self.url = url
+
+    def bind(self) -> socket.socket:
+        """Bind, without accepting yet. Raises PortTaken, ConfigError."""
+        if self._sock is None:
+            self._sock = bind(self._host, self._port)
+        self._port = self._sock.getsockname()[1]
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        self.url = f"{self.scheme}://{host}:{self._port}"
+        return self._sock
 
     async def start(self, front: Callable[[], asyncio.BaseProtocol]) -> None:
         """Bind and accept. Raises PortTaken, ConfigError."""
-        sock = bind(self._host, self._port)
-        self._port = sock.getsockname()[1]
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        self.url = f"{self.scheme}://{host}:{self._port}"
-        self._server = await loop.create_server(front, sock=sock, ssl=self._tls, backlog=BACKLOG)
+        self._server = await loop.create_server(front, sock=self.bind(), ssl=self._tls, backlog=BACKLOG)
 
     def close(self) -> None:
         """Stop accepting; open connections stay."""
         if self._server is not None:
             self._server.close()
             self._server = None
+        elif self._sock is not None:
+            self._sock.close()
+        self._sock = None
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -415,12 +415,20 @@ class PluginSet:
         self._fail_closed: Callable[[str], object] = lambda reason: None
 
     @classmethod
-    def load(cls, config: EdgeConfig, *, observe_hook: ObserveHook | None = None) -> PluginSet:
-        """Import, validate and construct everything that `config` names; nothing is started.
-        Raises PluginError or ConfigError."""
+    def load(
+        cls,
+        config: EdgeConfig,
+        *,
+        observe_hook: ObserveHook | None = None,
+        only: frozenset[str] = frozenset(KINDS),
+    ) -> PluginSet:
+        """Import, validate and construct everything that `config` names (of several processes each has `only` some
+        sections); nothing is started. Raises PluginError or ConfigError."""
         plugins: dict[str, list[Plugin]] = {}
         for kind in KINDS.values():
-            sections: tuple[PluginSection, ...] = getattr(config, kind.section)
+            sections: tuple[PluginSection, ...] = (
+                getattr(config, kind.section) if kind.section in only else ()
+            )
             plugins[kind.section] = []
             for position, section in enumerate(sections, 1):
                 plugin = build(kind, section, position, config.file)
@@ -431,12 +439,14 @@ class PluginSet:
                         hint='Give one of them a name of its own: name = "…".',
                     )
                 plugins[kind.section].append(plugin)
-        if not any(section.use == "share-state" for section in config.revoke):
+        if "revoke" in only and not any(section.use == "share-state" for section in config.revoke):
             # Deletion, expiry and limits hold whatever else decides.
             plugins["revoke"].insert(
                 0, build(KINDS["revoke"], PluginSection(use="share-state"), 0, config.file)
             )
-        if not any(isinstance(p, Authenticator) and p.interactive for p in plugins["authenticate"]):
+        if "authenticate" in only and not any(
+            isinstance(p, Authenticator) and p.interactive for p in plugins["authenticate"]
+        ):
             raise ConfigError(
                 f"{config.file}: [[authenticate]]: no way to sign in is left for visitors",
                 hint='Add [[authenticate]] with use = "email-code".',

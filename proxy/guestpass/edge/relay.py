@@ -417,7 +417,7 @@ class Relay:
                 candidate.name not in tried
                 for candidate in self._tunnels.candidates(grant.site, grant.service)
             )
-        # The tunnel was lost, or drained (or another worker's way to it), and nobody knows how far the request had come.
+        # The tunnel, or another worker's way to it, was lost or drained: nobody knows how far the request had come.
         return code in TUNNEL_WENT and method in h.IDEMPOTENT_METHODS
 
     async def _gateway(self, grant: Grant, tried: set[str]) -> str:

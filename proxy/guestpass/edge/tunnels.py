@@ -392,20 +392,21 @@ class Tunnels:
         found = []
         for name in self._names(site):
             registered = self._sites.get(site, {}).get(name)
-            here = [registered] if registered is not None and registered.usable() else []
-            there = [held for held in self._elsewhere(site, name) if held.usable]
-            states = [one.services[service] for one in (*here, *there) if service in one.services]
+            holders: list[_Registered | Held] = [
+                *([registered] if registered is not None and registered.usable() else []),
+                *(held for held in self._elsewhere(site, name) if held.usable),
+            ]
+            states = [one.services[service] for one in holders if service in one.services]
             if not any(states) and not (unwell and states):
                 continue
-            newest: _Registered | Held = (*here, *there)[0]
-            rtts = [one.rtt for one in (*here, *there) if one.rtt is not None]
+            rtts = [one.rtt for one in holders if one.rtt is not None]
             found.append(
                 Candidate(
                     site=site,
                     name=name,
-                    weight=round(newest.weight),
-                    labels=newest.labels,
-                    streams=sum(one.streams for one in (*here, *there)),
+                    weight=round(holders[0].weight),
+                    labels=holders[0].labels,
+                    streams=sum(one.streams for one in holders),
                     rtt=min(rtts, default=None),
                     healthy=any(states),
                 )
@@ -481,9 +482,7 @@ class Tunnels:
 
     def held(self) -> list[Held]:
         """What this worker holds itself."""
-        return [
-            registered.held() for gateways in self._sites.values() for registered in gateways.values()
-        ]
+        return [registered.held() for gateways in self._sites.values() for registered in gateways.values()]
 
     def ways(self, site: str, name: str) -> list[Session]:
         """Sessions of this worker's own tunnels to the gateway that take streams, best first."""
@@ -503,7 +502,11 @@ class Tunnels:
         for site, gateways in list(self._sites.items()):
             for name, current in list(gateways.items()):
                 for held in self._elsewhere(site, name):
-                    if (held.epoch > current.epoch) if held.key == current.key else held.since > current.since:
+                    if (
+                        (held.epoch > current.epoch)
+                        if held.key == current.key
+                        else held.since > current.since
+                    ):
                         for link in current.links[:]:
                             link.finish(ErrorCode.REPLACED, "a newer process of this gateway has connected")
                         break
