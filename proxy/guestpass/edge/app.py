@@ -47,10 +47,10 @@ from guestpass.edge.metrics import Metrics
 from guestpass.edge.origins import Origins
 from guestpass.edge.pages import Pages
 from guestpass.edge.plugins import PluginSet
-from guestpass.edge.relay import Relay
+from guestpass.edge.relay import RETRY_AFTER, Relay
 from guestpass.edge.tunnels import Tunnels, own_certificate_hash
 from guestpass.edge.worker import Seat
-from guestpass.errors import ConfigError, GuestpassError
+from guestpass.errors import ConfigError, GuestpassError, StoreError
 from guestpass.model import Revocation, Revoked
 from guestpass.plugin import Client
 from guestpass_speedups.relay import HEAD_TIMEOUT, IDLE_TIMEOUT, Connection, Lane
@@ -81,9 +81,6 @@ HAND_OVER_IDLE = 2.0
 
 RESERVED_PREFIX = "/.guestpass/"
 ASSETS_PREFIX = "/.guestpass/assets/"
-
-# Pages for owners, which are about what all workers do.
-OWNER_PREFIXES = ("/api/", "/console")
 
 # What a connection waits for while it does nothing, and for how long it may.
 IDLE_TIMES = {"IDLE": IDLE_TIMEOUT, "HEAD": HEAD_TIMEOUT}
@@ -225,7 +222,7 @@ class Edge:
             edge_name=edge.name,
             share_origin=self.origins.share_origin,
         )
-        self.console = console = Console(
+        console = Console(
             service=service,
             live=live,
             gateways=self.tunnels,
@@ -434,6 +431,10 @@ class Edge:
             return self.pages.error(exc.status, request=request)
         except (asyncio.CancelledError, ConnectionError):
             raise
+        except StoreError as exc:
+            error_id = secrets.token_hex(4)
+            log.warning("error %s: %s", error_id, exc)
+            return self.pages.error(503, request=request, error_id=error_id, retry_after=RETRY_AFTER)
         except Exception:
             error_id = secrets.token_hex(4)
             log.exception("error %s: unexpected", error_id)
@@ -471,8 +472,10 @@ class Edge:
         # Of the decoded path, which is what the router looks at.
         elif request.path.startswith(RESERVED_PREFIX) and not request.path.startswith(ASSETS_PREFIX):
             raise web.HTTPNotFound
-        elif self._seat is not None and request.path.startswith(OWNER_PREFIXES):
-            async with self._seat.for_owner(self.console):
+        elif self._seat is not None and request.path.startswith("/api/"):
+            await self._seat.look_around()
+        elif self._seat is not None and request.path.startswith("/console"):
+            async with self._seat.for_owner():
                 return await handler(request)
         return await handler(request)
 

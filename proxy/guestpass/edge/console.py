@@ -11,6 +11,7 @@ from __future__ import annotations
 import hmac
 import time
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,10 @@ class Owner:
         return notices
 
 
+# Who is signed in, for one request, where several workers share them; None: this process keeps them itself.
+OWNERS: ContextVar[dict[bytes, Owner] | None] = ContextVar("owners", default=None)
+
+
 class Console:
     """See the module."""
 
@@ -99,8 +104,21 @@ class Console:
         self._api_key = tokens.digest(api_key)
         self._origins = origins
         self._main_origin = f"{origins.scheme}://{origins.main_host}"
-        self.owners: dict[bytes, Owner] = {}
+        self._owners: dict[bytes, Owner] = {}
         self._tries = Limiter(TRIES_PER_CLIENT, TRIES_WINDOW)
+
+    @property
+    def owners(self) -> dict[bytes, Owner]:
+        """Who is signed in, by the digest of the cookie."""
+        found = OWNERS.get()
+        return self._owners if found is None else found
+
+    @owners.setter
+    def owners(self, owners: dict[bytes, Owner]) -> None:
+        if OWNERS.get() is None:
+            self._owners = owners
+        else:
+            OWNERS.set(owners)
 
     @staticmethod
     def _now() -> float:

@@ -80,6 +80,9 @@ ACK_SECONDS = 2.0
 # And one that has said nothing at all for so long, whatever it does: its visitors wait.
 SILENT_SECONDS = 10.0
 
+# How often workers are asked for their counters: what a worker counted after that is lost when it crashes.
+COUNT_SECONDS = 2.0
+
 # Imports, plugins, certificates; on a machine that is busy with other things.
 START_SECONDS = 60.0
 
@@ -342,7 +345,7 @@ class Supervisor:
 
     async def _beat(self) -> None:
         """Leases, and who has fallen silent."""
-        last = time.monotonic()
+        last = counted = time.monotonic()
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             now = time.monotonic()
@@ -351,12 +354,14 @@ class Supervisor:
                 for worker in self._workers.values():
                     worker.heard = now
             last = now
+            count = now - counted >= COUNT_SECONDS
+            counted = now if count else counted
             for worker in tuple(self._workers.values()):
                 if worker.up and now - worker.heard > SILENT_SECONDS:
                     log.error("worker %d says nothing: it is killed", worker.number)
                     worker.kill("silent")
                 worker.channel.tell("lease", _boottime() + LEASE_SECONDS)
-                if worker.up:
+                if worker.up and count:
                     self._task(self._count(worker), "count")
 
     async def _count(self, worker: Worker) -> None:
@@ -518,7 +523,8 @@ class Supervisor:
             "publish": self.home.bus.publish,
             "event": partial(self._event, worker),
             "agree": partial(self._agree, worker),
-            "owners": self._for_owner,
+            "live": self._live_everywhere,
+            "owners": lambda: self._owners,
             "keep_owners": self._keep_owners,
             "held": partial(self._held, worker),
             "sync": partial(self._sync, worker),
@@ -562,8 +568,8 @@ class Supervisor:
         self._tell_all("moved", session_id, chosen, but=worker)
         return chosen
 
-    async def _for_owner(self) -> tuple[dict[str, dict[str, int]], dict[bytes, Owner]]:
-        """What is open on all workers, by share and session; and who is signed in to the console."""
+    async def _live_everywhere(self) -> dict[str, dict[str, int]]:
+        """What is open on all workers, by share and session."""
         together: dict[str, dict[str, int]] = {}
         answers = await asyncio.gather(
             *(self._live(worker) for worker in self._workers.values() if worker.up)
@@ -573,7 +579,7 @@ class Supervisor:
                 counts = together.setdefault(share, {})
                 for session, streams in sessions.items():
                     counts[session] = counts.get(session, 0) + streams
-        return together, self._owners
+        return together
 
     async def _live(self, worker: Worker) -> dict[str, dict[str, int]]:
         try:
@@ -583,8 +589,12 @@ class Supervisor:
         except (TimeoutError, GuestpassError):
             return {}
 
-    def _keep_owners(self, changed: Mapping[bytes, Owner], gone: Iterable[bytes]) -> None:
-        self._owners |= changed
+    def _keep_owners(
+        self, new: Mapping[bytes, Owner], changed: Mapping[bytes, Owner], gone: Iterable[bytes]
+    ) -> None:
+        """Who signed in, has other notices, signed out. Whoever signed out meanwhile stays out."""
+        self._owners |= new
+        self._owners |= {key: owner for key, owner in changed.items() if key in self._owners}
         for key in gone:
             self._owners.pop(key, None)
 

@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from typing import TYPE_CHECKING, Any, Protocol
 
 from guestpass.edge.channel import Channel, ChannelClosed
+from guestpass.edge.console import OWNERS, Owner
 from guestpass.edge.events import EventHub
 from guestpass.edge.peers import Held, Holder, Neighbours
 from guestpass.errors import GuestpassError
@@ -32,7 +33,6 @@ from guestpass.shares.storage import PluginStorage
 from guestpass_speedups.session import Budget
 
 if TYPE_CHECKING:
-    from guestpass.edge.console import Console, Owner
     from guestpass.edge.grants import GrantTable
     from guestpass.edge.metrics import Family, Metrics
     from guestpass.edge.tunnels import Tunnels
@@ -258,21 +258,29 @@ class Seat:
         agreed: str | None = await self.ask("agree", session_id, list(names), chosen)
         return agreed
 
+    async def look_around(self) -> None:
+        """Before an answer for an owner: what is open everywhere."""
+        self.live.take(await self.ask("live"))
+
     @contextlib.asynccontextmanager
-    async def for_owner(self, console: Console) -> AsyncIterator[None]:
-        """Around a page, or an answer of the API, for an owner: what is open everywhere, and who is signed in."""
-        live, owners = await self.ask("owners")
-        self.live.take(live)
-        console.owners = owners
+    async def for_owner(self) -> AsyncIterator[None]:
+        """Around a page of the console: what is open everywhere, and who is signed in."""
+        await self.look_around()
+        owners: dict[bytes, Owner] = await self.ask("owners")
         before = {key: _state(owner) for key, owner in owners.items()}
+        token = OWNERS.set(owners)
         try:
             yield
         finally:
-            after = console.owners
-            changed = {key: owner for key, owner in after.items() if before.get(key) != _state(owner)}
+            after = OWNERS.get() or {}
+            OWNERS.reset(token)
+            new = {key: owner for key, owner in after.items() if key not in before}
+            changed = {
+                key: owner for key, owner in after.items() if key in before and before[key] != _state(owner)
+            }
             gone = [key for key in before if key not in after]
-            if changed or gone:
-                await self.ask("keep_owners", changed, gone)
+            if new or changed or gone:
+                await self.ask("keep_owners", new, changed, gone)
 
     # ── the lease ────────────────────────────────────────────────────────────────────────────────────────────────
 
