@@ -110,7 +110,7 @@ class Channel(asyncio.Protocol):
 
     # ── what the owner calls ─────────────────────────────────────────────────────────────────────────────────────
 
-    async def call(self, name: str, *args: Any, **more: Any) -> Any:
+    async def call(self, name: str, /, *args: Any, **more: Any) -> Any:
         """The handler's answer. Raises what it raised, and ChannelClosed."""
         refusal = self.refusal()
         if refusal is not None:
@@ -124,7 +124,7 @@ class Channel(asyncio.Protocol):
         finally:
             self._waiting.pop(number, None)
 
-    def tell(self, name: str, *args: Any) -> None:
+    def tell(self, name: str, /, *args: Any) -> None:
         """Without an answer. Nothing happens when the other end is gone."""
         if self._transport is not None and not self._transport.is_closing():
             self._send((TELL, 0, name, args, {}))

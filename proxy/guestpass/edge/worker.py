@@ -240,7 +240,7 @@ class Seat:
 
     # ── what the edge asks ───────────────────────────────────────────────────────────────────────────────────────
 
-    async def ask(self, name: str, *args: Any, **more: Any) -> Any:
+    async def ask(self, name: str, /, *args: Any, **more: Any) -> Any:
         self._tell_touched()
         return await self.channel.call(name, *args, **more)
 
