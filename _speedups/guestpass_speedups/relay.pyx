@@ -31,8 +31,8 @@ that came in the same frame; an answer that is complete is written at once, what
 may still wait in the kernel, so each connection leaves a FastTail in the grant that it answered last; the clock takes
 it back when the visitor has everything. A connection that is to be closed is closed then, not before.
 
-**The lease** of one worker among several: it may serve until then, in seconds of CLOCK_BOOTTIME, which goes on while the
-process or the machine is frozen. It is looked at before anything that was read is relayed and before anything is
+**The lease** of one worker among several: it may serve until then, in seconds of CLOCK_BOOTTIME, which goes on while
+the process or the machine is frozen. It is looked at before anything that was read is relayed and before anything is
 written; when it has lapsed, `lapsed` ends every stream first.
 
 **Time limits** need no timer per connection: each kind has one length, so a list in order of entry is in order of

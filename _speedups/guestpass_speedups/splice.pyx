@@ -11,9 +11,9 @@ Near; on one of its own tunnels it opens a Far; what comes in at one end leaves 
       visitor's worker ══ Unix socket ══▶ Near ─▶ Far ══ tunnel ══▶ gateway
                        ◀════════════════ Near ◀─ Far ◀═══════════
 
-**Credit is end to end.** A piece is consumed at the end where it came in when the queue of the other end has room; while
-it has none, what came is `owed`, and paid when the queue has drained. So a slow visitor stops the application, and
-what waits here is a window and a queue a stream.
+**Credit is end to end.** A piece is consumed at the end where it came in when the queue of the other end has room;
+while it has none, what came is `owed`, and paid when the queue has drained. So a slow visitor stops the application,
+and what waits here is a window and a queue a stream.
 
 **Ends.** A reset at one end resets the other. Near acknowledges a reset when Far is really over, so a slot of the
 gateway is not taken twice. Far that was lost before anything had come of it says DRAINING: the visitor's worker may

@@ -267,7 +267,7 @@ class Edge:
         if replaced and self._seat is not None:
             self.events.close()  # who listens to them comes back at once
             await self._hand_over(self._seat, deadline)
-        while self.grants.all_streams and time.monotonic() < deadline:
+        while self._busy() and time.monotonic() < deadline:
             await asyncio.sleep(DRAIN_POLL)
         left = self.grants.end_all("edge_stopping", tails=False)
         if left:
@@ -282,9 +282,13 @@ class Edge:
             await asyncio.sleep(DRAIN_POLL)
         await seat.withdraw()
         while time.monotonic() < deadline and (
-            self.grants.all_streams or self.tunnels.streams or not all(map(idles, self.lane.connections))
+            self._busy() or self.tunnels.streams or not all(map(idles, self.lane.connections))
         ):
             await asyncio.sleep(DRAIN_POLL)
+
+    def _busy(self) -> bool:
+        """Whether anything is open: of visitors here, or of other workers'."""
+        return bool(self.grants.all_streams) or (self._seat is not None and self._seat.busy)
 
     async def stop(self) -> None:
         """Undo `start` in reverse order. Never raises."""
@@ -472,7 +476,7 @@ class Edge:
         # Of the decoded path, which is what the router looks at.
         elif request.path.startswith(RESERVED_PREFIX) and not request.path.startswith(ASSETS_PREFIX):
             raise web.HTTPNotFound
-        elif self._seat is not None and request.path.startswith("/api/"):
+        elif self._seat is not None and request.path.startswith("/api/") and request.method != "DELETE":
             await self._seat.look_around()
         elif self._seat is not None and request.path.startswith("/console"):
             async with self._seat.for_owner():

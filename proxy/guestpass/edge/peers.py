@@ -139,6 +139,12 @@ class _Peer(asyncio.BufferedProtocol):
         if self.session.draining and not self.session.streams:
             self.finish()
 
+    @property
+    def busy(self) -> bool:
+        """Streams are live, or what they left has not been handed to the kernel."""
+        waiting = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        return not self.over and bool(self.session.streams or self.session.has_output or waiting)
+
     def finish(self) -> None:
         """End the link and its streams. Idempotent."""
         if self.over:

@@ -118,6 +118,8 @@ class Worker:
     families: list[Family] = field(default_factory=list)
     leaving: bool = False
     """Its end is wanted."""
+    trial: bool = False
+    """It is to replace another one, which stays if this one does not start."""
     cause: str = "exit"
     """Why it ends, for the metric."""
 
@@ -307,7 +309,7 @@ class Supervisor:
         for site, name in worker.held:
             if not self._held_by_others(worker, site, name):
                 self._gone(f"{site}/{name}", reason="worker_ended")
-        if worker.leaving or self._stopping:
+        if worker.leaving or self._stopping or (worker.trial and not worker.up):
             return
         log.error(
             "worker %d (process %d) ended with status %d (%s); it is replaced",
@@ -386,9 +388,8 @@ class Supervisor:
                 if old.leaving or old.process.returncode is not None:
                     continue
                 fresh = await self._spawn(old.slot)
-                fresh.leaving = True  # not to be replaced if it does not start: the old one stays
+                fresh.trial = True
                 await self._until_ready(fresh)
-                fresh.leaving = False
                 await self._retire(old, "replaced")
             log.info("all workers were replaced")
         except GuestpassError as exc:
@@ -582,8 +583,9 @@ class Supervisor:
         return together
 
     async def _live(self, worker: Worker) -> dict[str, dict[str, int]]:
+        """Nothing of a worker that does not say it at once: a page is not worth the wait, nor may a deletion wait."""
         try:
-            async with asyncio.timeout(ACK_SECONDS):
+            async with asyncio.timeout(BEAT_SECONDS):
                 found: dict[str, dict[str, int]] = await worker.channel.call("live")
                 return found
         except (TimeoutError, GuestpassError):

@@ -398,6 +398,11 @@ class Seat:
             self._told = now
             self.channel.tell("held", changed, gone)
 
+    @property
+    def busy(self) -> bool:
+        """Whether other workers' streams go through this one's tunnels."""
+        return any(holder.busy for holder in self._holders)
+
     async def withdraw(self) -> None:
         """Hold nothing any more, as far as the others know; returns when all of them know."""
         self._withdrawn = True
