@@ -147,7 +147,7 @@ class Edge:
             self.service = seat.service
             notify, publish = seat.enqueue, seat.publish
         service = self.service
-        self.grants = GrantTable(touched=service.touch)
+        self.grants = GrantTable(touched=service.touch if seat is None else seat.touch_later)
         self.tunnels = Tunnels(
             edge_name=edge.name,
             find_key=self._find_key,

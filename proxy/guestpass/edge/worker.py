@@ -66,7 +66,8 @@ class RemoteService(ShareService):
         self._seat = seat
 
     def touch(self, session_id: str, at: float) -> None:
-        self._seat.touched[session_id] = at
+        """Told at once: of a session that begins, other workers' checks of how many there are must know."""
+        self._seat.channel.tell("touched", {session_id: at})
 
     def seen(self, site: str, name: str, at: float | None = None) -> None:
         self._seat.channel.tell("seen", site, name, at)
@@ -174,8 +175,7 @@ class Seat:
         self.channel.refusal = self._unheard
         self.channel.closed.add_done_callback(lambda done: self._told_to_leave("abandoned"))
         self.live = LiveEverywhere()
-        self.touched: dict[str, float] = {}
-        """When sessions were used last: told with the next thing that is said."""
+        self._touched: dict[str, float] = {}  # when sessions were used last
         self._parts: Parts | None = None
         self._server: asyncio.AbstractServer | None = None
         self._holders: set[Holder] = set()
@@ -410,9 +410,13 @@ class Seat:
         with contextlib.suppress(ChannelClosed):
             await self.ask("sync")
 
+    def touch_later(self, session_id: str, at: float) -> None:
+        """As `ShareService.touch`, of a session that goes on: told with the next thing that is said."""
+        self._touched[session_id] = at
+
     def _tell_touched(self) -> None:
-        if self.touched and not self.channel.closed.done():
-            touched, self.touched = self.touched, {}
+        if self._touched and not self.channel.closed.done():
+            touched, self._touched = self._touched, {}
             self.channel.tell("touched", touched)
 
 
