@@ -15,13 +15,17 @@ Near; on one of its own tunnels it opens a Far; what comes in at one end leaves 
 while it has none, what came is `owed`, and paid when the queue has drained. So a slow visitor stops the application,
 and what waits here is a window and a queue a stream.
 
+**Parked.** When no tunnel takes a stream, it may be that the gateway has brought up another one, at another worker, of
+which this one has not heard yet. The stream is kept as it came, within its credit, and `go` sends it by another way;
+nothing was done with it, so that may be any request.
+
 **Ends.** A reset at one end resets the other. Near acknowledges a reset when Far is really over, so a slot of the
 gateway is not taken twice. Far that was lost before anything had come of it says DRAINING: the visitor's worker may
 send the request again, by another way.
 """
 
 from cython cimport final
-from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport uint32_t, uint64_t
 
 from guestpass_speedups.session cimport CANCEL, DRAINING, ST_CANCELLING, Session, Stream
@@ -33,21 +37,68 @@ cdef class Near(Stream):
     """The end towards the visitor's worker."""
     cdef Far far
     cdef uint64_t owed
+    cdef list parked                # the body as it came; None: not parked
+    cdef bytes service
+    cdef bytes head
+    cdef bytes trailers
+    cdef bint whole                 # FIN has come
+
+    @property
+    def waits(self):
+        """It is parked, and wanted."""
+        return self.parked is not None and not self.finished and not self.doomed
+
+    def go(self, Session way not None):
+        """Sends what was parked by this way. Raises StreamRefused; then it is parked still."""
+        cdef Far far = Far.__new__(Far)
+        cdef list body = self.parked
+        cdef bytes piece
+        if not self.waits:
+            return
+        way.open_raw(far, <const unsigned char *> PyBytes_AS_STRING(self.service), PyBytes_GET_SIZE(self.service),
+                     self.interactive, <const unsigned char *> PyBytes_AS_STRING(self.head),
+                     PyBytes_GET_SIZE(self.head), self.whole and self.trailers is None and not body)
+        self.far = far
+        far.near = self
+        self.parked = None
+        for piece in body:
+            far.send_bytes(piece, False)
+        if self.trailers is not None:
+            far.send_trailers(self.trailers)
+        elif self.whole and not far.ended:
+            far.send_bytes(b"", True)
+        if not far.want_writable:
+            self.pay()
+
+    def refuse(self):
+        """There is no other way."""
+        if self.waits:
+            self.parked = None
+            self.abandon(DRAINING)
 
     cdef int on_data(self, const unsigned char *data, Py_ssize_t size, bint fin) except -1:
         cdef Far far = self.far
-        if far is None or far.send_raw(data, size, fin):
+        if self.parked is not None:
+            self.whole = fin
+            if size:
+                self.parked.append(PyBytes_FromStringAndSize(<const char *> data, size))
+        elif far is None or far.send_raw(data, size, fin):
             return self.consumed(<uint64_t> size)
         self.owed += <uint64_t> size
         return 0
 
     cdef int on_trailers(self, const unsigned char *trailers, Py_ssize_t size) except -1:
-        if self.far is not None:
-            self.far.send_trailers(PyBytes_FromStringAndSize(<const char *> trailers, size))
+        cdef bytes fields = PyBytes_FromStringAndSize(<const char *> trailers, size)
+        if self.parked is not None:
+            self.whole = True
+            self.trailers = fields
+        elif self.far is not None:
+            self.far.send_trailers(fields)
         return 0
 
     cdef int on_reset(self, uint32_t code) except -1:
         cdef Far far = self.far
+        self.parked = None
         if far is None or far.finished:
             return self.work_ended()
         return far.abandon(code)        # its end acknowledges
@@ -58,6 +109,7 @@ cdef class Near(Stream):
     cdef int on_closed(self) except -1:
         cdef Far far = self.far
         self.far = None
+        self.parked = None
         if far is None:
             return 0
         far.near = None
@@ -124,7 +176,7 @@ cdef class Far(Stream):
 
 cdef class SpliceSession(Session):
     """The end of the worker that holds tunnels. `handler.ways()` gives the sessions of the gateway's tunnels, best
-    first; `handler.no_way()` is called when none takes the stream."""
+    first; `handler.no_way(stream)` is told of a stream that none takes: `go` or `refuse` it later."""
 
     cdef Stream new_stream(self):
         return Near.__new__(Near)
@@ -143,6 +195,9 @@ cdef class SpliceSession(Session):
             near.far = far
             far.near = near
             return True
-        near.abandon(DRAINING)
-        self.handler.no_way()
+        near.parked = []
+        near.whole = fin
+        near.service = PyBytes_FromStringAndSize(<const char *> service, service_size)
+        near.head = PyBytes_FromStringAndSize(<const char *> head, head_size)
+        self.handler.no_way(near)
         return True

@@ -254,7 +254,7 @@ async def test_events_of_one_worker_reach_listeners_of_another(edge: Edge) -> No
 
 
 class Load:
-    """Visitors who ask again and again, each on a connection of its own that it opens anew when it has to.
+    """Visitors who ask again and again, half of them POST, each on a connection that it opens anew when it has to.
 
     A request that is answered counts, with its status. One that was sent on a connection which the edge closed at the
     same moment, before a byte of an answer, is sent again on a new one, as every client does (RFC 9112, 9.3.1);
@@ -266,16 +266,20 @@ class Load:
         self.broken: list[str] = []
         self.resent: list[str] = []
         self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._visit) for _ in range(visitors)]
+        posts = {"method": "POST", "path": "/up", "body": bytes(3000)}
+        self._threads = [
+            threading.Thread(target=self._visit, args=(posts if number % 2 else {},))
+            for number in range(visitors)
+        ]
 
-    def _visit(self) -> None:
+    def _visit(self, request: dict[str, Any]) -> None:
         visit: Visit | None = None
         while not self._over.is_set():
             fresh = visit is None
             try:
                 if visit is None:
                     visit = self._edge.open()
-                answer = visit.begin()
+                answer = visit.begin(**request)
                 answer.read()
                 self.statuses.append(answer.status)
                 if answer.will_close:
@@ -347,6 +351,7 @@ async def test_a_killed_worker_is_replaced_and_others_go_on(edge: Edge) -> None:
     visit.close()
 
 
+@pytest.mark.timeout(900 if LONG else 120)
 async def test_workers_are_replaced_without_a_lost_request(edge: Edge) -> None:
     before = edge.pids
     rounds = 20 if LONG else 1

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from speedups.pair import HEAD, OK, Owner, Pair, Recorder, pattern
 
-from guestpass_speedups.session import Budget, ErrorCode, Session, Stream
-from guestpass_speedups.splice import SpliceSession
+from guestpass_speedups.session import Budget, ErrorCode, Session, Stream, StreamRefused
+from guestpass_speedups.splice import Near, SpliceSession
 
 # Bytes that may wait in one direction: a window at each socket, grown a little, and a queue at each sender.
 BOUND = 1 << 20
@@ -18,13 +18,13 @@ class Holder(Owner):
     def __init__(self) -> None:
         super().__init__()
         self.sessions: list[Session] = []
-        self.lost = 0
+        self.parked: list[Near] = []
 
     def ways(self) -> list[Session]:
         return self.sessions
 
-    def no_way(self) -> None:
-        self.lost += 1
+    def no_way(self, stream: Near) -> None:
+        self.parked.append(stream)
 
 
 class Chain:
@@ -197,15 +197,62 @@ def test_a_lost_link_cancels_at_the_gateway() -> None:
     assert chain.tunnel.edge.session.streams == 0
 
 
-def test_no_way_is_said_and_the_next_one_is_tried() -> None:
+def test_the_next_way_is_tried() -> None:
     chain = Chain()
-    chain.holder.sessions = []
-    handler = Recorder()
-    chain.visitor.open("web", HEAD, handler, fin=True)
-    chain.shuttle()
-    assert (handler.reset_code, chain.holder.lost) == (ErrorCode.DRAINING, 1)
     draining = Pair()
     draining.edge.session.goaway(ErrorCode.DRAINING)
     chain.holder.sessions = [draining.edge.session, chain.tunnel.edge.session]
     _, _, far, _ = chain.open(fin=True)
     assert far.session is chain.tunnel.gateway.session
+    assert not chain.holder.parked
+
+
+@pytest.mark.parametrize("size", [0, 10, 30_000])
+@pytest.mark.parametrize("end", ["fin", "trailers", "later"])
+def test_what_is_parked_goes_by_another_way(size: int, end: str) -> None:
+    chain = Chain()
+    (way,), chain.holder.sessions = chain.holder.sessions, []
+    visitor = Recorder()
+    stream = chain.visitor.open("web", HEAD, visitor, fin=end == "fin" and not size)
+    if size:
+        stream.send(pattern(0, size), fin=end == "fin")
+    if end == "trailers":
+        stream.send_trailers(b"a: b\r\n\r\n")
+    chain.shuttle()
+    (near,) = chain.holder.parked
+    assert near.waits
+    draining = Pair()
+    draining.edge.session.goaway(ErrorCode.DRAINING)
+    with pytest.raises(StreamRefused):
+        near.go(draining.edge.session)
+    near.go(way)
+    near.refuse()  # too late, and so nothing
+    if end == "later":
+        stream.send(pattern(size, 200_000), fin=True)
+        size += 200_000
+    chain.shuttle()
+    far, _, _, _, _, application = chain.tunnel.gateway.owner.opened[-1]
+    assert (bytes(application.body), application.fin) == (pattern(0, size), True)
+    assert application.trailers == (b"a: b\r\n\r\n" if end == "trailers" else None)
+    far.send_head(OK, fin=True)
+    chain.shuttle()
+    assert visitor.heads == [OK]
+    chain.check_idle()
+
+
+def test_what_is_parked_is_refused_or_given_up() -> None:
+    chain = Chain()
+    (way,), chain.holder.sessions = chain.holder.sessions, []
+    refused, given_up = Recorder(), Recorder()
+    chain.visitor.open("web", HEAD, refused, body=b"x", fin=True)
+    stream = chain.visitor.open("web", HEAD, given_up, body=b"x", fin=True)
+    chain.shuttle()
+    first, second = chain.holder.parked
+    first.refuse()
+    stream.reset(ErrorCode.CANCEL)
+    chain.shuttle()
+    assert refused.reset_code == ErrorCode.DRAINING
+    assert not second.waits
+    second.go(way)
+    assert given_up.closed == 1
+    assert not chain.tunnel.gateway.owner.opened

@@ -275,6 +275,7 @@ class Visit:
         edge.visits.append(self)
         self.sock = sock
         sock.settimeout(REQUEST_SECONDS)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connection = HTTPConnection("127.0.0.1", edge.port)
         self._connection.sock = sock
 

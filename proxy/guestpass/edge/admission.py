@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,7 @@ from guestpass.edge.desk import FINISH_PATH, FLOW_SECONDS, FLOWS_WINDOW, SIGN_OU
 from guestpass.edge.grants import Grant, GrantTable
 from guestpass.edge.keys import CLIENT, SHARE_ID
 from guestpass.edge.signin import SignInPages
+from guestpass.edge.tunnels import NEWS_SECONDS
 from guestpass.errors import (
     Forbidden,
     GuestpassError,
@@ -72,7 +74,7 @@ from guestpass.errors import (
     ShareEnded,
     Unauthorized,
 )
-from guestpass.model import Event, Identity, Revocation, Session, SessionKind, Share
+from guestpass.model import Candidate, Event, Identity, Revocation, Session, SessionKind, Share
 from guestpass.plugin import Choice, Client, Denied, RequestContext
 
 if TYPE_CHECKING:
@@ -186,12 +188,11 @@ class Admission(Desk):
 
         When the service is down behind all of them, one that offers it: it says so (502), and knows first when the
         service is back."""
-        for unwell in (False, True):
-            found = self._tunnels.candidates(share.site, share.service, unwell=unwell)
-            candidates = [c for c in found if c.name not in exclude]
-            if candidates:
-                break
-        else:
+        candidates = self._candidates(share, exclude)
+        until = time.monotonic() + NEWS_SECONDS
+        while not candidates and not exclude and await self._tunnels.news(until - time.monotonic()):
+            candidates = self._candidates(share, exclude)
+        if not candidates:
             raise NoGateway(
                 f"no gateway of {share.site} that offers {share.service} is connected",
                 hint="Start a gateway, or see why it does not connect: guestpass gateway list.",
@@ -201,6 +202,13 @@ class Admission(Desk):
             return agreed
         chosen = (await self._plugins.choose(Choice(share, session, candidates))).name
         return chosen if self._agree is None else await self._agree(session.id, names, chosen) or chosen
+
+    def _candidates(self, share: Share, exclude: frozenset[str]) -> list[Candidate]:
+        for unwell in (False, True):
+            found = self._tunnels.candidates(share.site, share.service, unwell=unwell)
+            if candidates := [c for c in found if c.name not in exclude]:
+                return candidates
+        return []
 
     def _restored(self, key: tuple[SessionKind, bytes, str], task: asyncio.Task[Grant]) -> None:
         if self._restoring.get(key) is task:

@@ -8,7 +8,8 @@ of the gateway.
 
       Neighbours ── PeerLink ═══ Unix socket ═══ Holder ── SpliceSession ── the gateway's tunnels
 
-A holder whose last tunnel to the gateway takes no more streams says GOAWAY, as a gateway does when it drains.
+A holder whose last tunnel to the gateway takes no more streams says GOAWAY, as a gateway does when it drains; those
+that have come already it sends by another way, if there is one in a moment.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ import orjson
 from guestpass.mux.link import FILL, TICK, WRITE_HIGH, WRITE_LOW
 from guestpass.mux.stream import TunnelStream
 from guestpass_speedups.session import Budget, ErrorCode, Session, Stream, StreamRefused, TunnelError
-from guestpass_speedups.splice import SpliceSession
+from guestpass_speedups.splice import Near, SpliceSession
 
 log = logging.getLogger("guestpass.edge.peers")
 
@@ -247,10 +248,14 @@ class Holder(_Peer):
         budget: Budget,
         guard: Callable[[], None],
         ways: Callable[[str, str], Sequence[Session]],
+        another: Callable[[str, str], Awaitable[Session | None]],
         on_end: Callable[[Holder], None],
     ) -> None:
+        """`another` looks for a way when `ways` has none: for a moment, wherever it may be."""
         super().__init__(guard)
         self._ways = ways
+        self._another = another
+        self._parked: set[asyncio.Task[None]] = set()
         self._on_end = on_end
         self._who: Name | None = None
         self.session = SpliceSession(False, self, budget, now=time.monotonic())
@@ -263,15 +268,31 @@ class Holder(_Peer):
     def ways(self) -> Sequence[Session]:
         return self._ways(*self._who) if self._who is not None else ()
 
-    def no_way(self) -> None:
-        """No tunnel takes streams. Called from within the session."""
+    def no_way(self, stream: Near) -> None:
+        """No tunnel takes the stream. Called from within the session."""
         self._loop.call_soon(self.leave)
+        task = self._loop.create_task(self._look_elsewhere(stream))
+        self._parked.add(task)
+        task.add_done_callback(self._parked.discard)
+
+    async def _look_elsewhere(self, stream: Near) -> None:
+        assert self._who is not None
+        way = await self._another(*self._who)
+        self._guard()
+        try:
+            if way is not None:
+                stream.go(way)
+        except StreamRefused as exc:
+            log.info("%s/%s: %s", *self._who, exc)
+        stream.refuse()
 
     def leave(self) -> None:
         if not self.over and not self.session.draining:
             self.session.goaway(ErrorCode.DRAINING)
 
     def ended(self) -> None:
+        for task in self._parked:
+            task.cancel()
         self._on_end(self)
 
 

@@ -53,6 +53,9 @@ SPREAD_LEAST = 1.0
 SPREAD_MOST = 20.0
 SPREAD_CHANGE = 1.25
 
+# Of several workers, one may hear that a tunnel has gone before it hears of the one that has taken its place.
+NEWS_SECONDS = 0.5
+
 # How often "last seen" of a connected gateway is written down, seconds.
 TOUCH_INTERVAL = 60.0
 
@@ -496,6 +499,37 @@ class Tunnels:
             for site, gateways in self._sites.items()
             for name in gateways
         )
+
+    async def another_way(self, site: str, name: str) -> Session | None:
+        """For a stream of another worker: a tunnel that has just come, here or elsewhere. None when there is no news of
+        one."""
+        until = time.monotonic() + NEWS_SECONDS
+        while True:
+            ways = self.ways(site, name)
+            link = self._neighbours.link(site, name) if not ways and self._neighbours is not None else None
+            if ways:
+                return ways[0]
+            if link is not None:
+                return link.session
+            if not await self.news(until - time.monotonic()):
+                return None
+
+    async def news(self, seconds: float) -> bool:
+        """Whether a tunnel came or went, here or at another worker, within so many seconds. Without other workers there
+        is nothing that one could hear late."""
+        if self._neighbours is None:
+            return False
+        came: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def changed() -> None:
+            if not came.done():
+                came.set_result(None)
+
+        self.on_change.add(changed)
+        try:
+            return bool((await asyncio.wait((came,), timeout=seconds))[0])
+        finally:
+            self.on_change.discard(changed)
 
     def _neighbours_changed(self) -> None:
         """A newer process of a gateway evicts the older one's tunnels, whichever workers hold them."""

@@ -375,7 +375,11 @@ class Seat:
     def _holder(self) -> Holder:
         assert self._parts is not None
         holder = Holder(
-            budget=self.budget, guard=self.guard, ways=self._parts.tunnels.ways, on_end=self._holders.discard
+            budget=self.budget,
+            guard=self.guard,
+            ways=self._parts.tunnels.ways,
+            another=self._parts.tunnels.another_way,
+            on_end=self._holders.discard,
         )
         self._holders.add(holder)
         return holder
