@@ -3,7 +3,7 @@
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-MODULES = ("frames", "http1", "relay", "session", "upstream", "websocket", "wire")
+MODULES = ("frames", "http1", "relay", "session", "splice", "upstream", "websocket", "wire")
 
 setup(
     ext_modules=cythonize(

@@ -34,6 +34,10 @@ known then (`begun`), and whoever ends it appends the line to `Lane.log`, which 
 may still wait in the kernel, so each connection leaves a FastTail in the grant that it answered last; the clock takes
 it back when the visitor has everything. A connection that is to be closed is closed then, not before.
 
+**The lease** of one worker among several: it may serve until then, in seconds of CLOCK_BOOTTIME, which goes on while
+the process or the machine is frozen. It is looked at before anything that was read is relayed and before anything is
+written; when it has lapsed, `lapsed` ends every stream first.
+
 **Time limits** need no timer per connection: each kind has one length, so a list in order of entry is in order of
 expiry. `tick` looks at the first of each, once a second. One does not fit, that the visitor reads: connections with
 output that does not leave are in `stuck`, and `tick` asks the kernel whether the visitor acknowledged anything.
@@ -56,6 +60,7 @@ from cpython.time cimport monotonic, time as wall_clock
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.math cimport floor
 from libc.string cimport memcmp, memcpy, memmove, memset
+from posix.time cimport clock_gettime, timespec
 
 from guestpass_speedups.direct cimport descriptor, gp_send, iovec
 from guestpass_speedups.frames cimport MAX_STREAM_ID
@@ -102,9 +107,22 @@ from guestpass_speedups.http1 cimport (
     write_request_head,
     write_response_head,
 )
-from guestpass_speedups.session cimport CANCEL, PROTOCOL_ERROR, REVOKED, TIMEOUT, UNREACHABLE, Session, Stream
+from guestpass_speedups.session cimport (
+    CANCEL,
+    DRAINING,
+    PROTOCOL_ERROR,
+    REVOKED,
+    TIMEOUT,
+    UNREACHABLE,
+    Session,
+    Stream,
+)
 
 from guestpass_speedups.session import StreamRefused
+
+cdef extern from "<time.h>" nogil:
+    enum:
+        CLOCK_BOOTTIME
 
 # ------------------------------------------------------------------------------------------------------------
 # Limits
@@ -367,6 +385,8 @@ cdef class Lane:
     cdef uint64_t[BUCKETS_MAX + 1] buckets
     cdef int n_bounds
     cdef double seconds
+    cdef public double lease        # 0: there is none
+    cdef public object lapsed
 
     def __init__(self, *, dict cookies, dict tokens, bytes bearer, dict statuses, buckets, abort_now, unsent,
                  resume_reading, acknowledged, limits, bint fast):
@@ -444,6 +464,19 @@ cdef class Lane:
                 connection = <Connection> first
                 connection._wait(T_NONE)
                 connection._expired(kind)
+
+    def check(self):
+        """Whether the lease has lapsed is looked at by whoever is about to relay something."""
+        self._check()
+
+    @final
+    cdef inline int _check(self) except -1:
+        cdef timespec at
+        if self.lease != 0:
+            clock_gettime(CLOCK_BOOTTIME, &at)
+            if at.tv_sec + at.tv_nsec * 1e-9 > self.lease:
+                self.lapsed()
+        return 0
 
     def close(self):
         """Stops the clock and cuts every connection."""
@@ -573,6 +606,7 @@ cdef class Lane:
         """Hands over what the connections have queued. Runs once at the end of a turn."""
         cdef list batch
         self.flush_due = False
+        self._check()
         self._give_head()
         batch = self.dirty
         self.dirty = []
@@ -864,9 +898,11 @@ cdef class FastStream(Stream):
         if self.answering:
             return connection._cut(CANCEL)
         raw = PyBytes_FromStringAndSize(<const char *> self.raw, self.raw_size)
-        # That a gateway could not reach the service did not touch the service; another one may.
+        # That a gateway could not reach the service did not touch the service; another one may. DRAINING is another
+        # worker's, whose way to the gateway has gone.
         again = self.retryable and (
-            not self.acknowledged_ or (code == UNREACHABLE and connection.lane.others(self.grant_))
+            not self.acknowledged_ or code == DRAINING
+            or (code == UNREACHABLE and connection.lane.others(self.grant_))
         )
         if not again:
             self._count(connection.lane.statuses.get(code, 502))
@@ -1074,6 +1110,7 @@ cdef class Connection:
     def buffer_updated(self, Py_ssize_t size):
         cdef Lane lane = self.lane
         cdef Py_ssize_t used
+        lane._check()
         if self.phase == P_GONE:
             return
         lane.now = monotonic()
@@ -1099,6 +1136,7 @@ cdef class Connection:
     def resume_writing(self):
         self.paused = False
         self.lane.stuck.pop(self, None)
+        self.lane._check()
         self.lane.now = monotonic()
         self._credit()
         if self.phase == P_SLOW or self.phase == P_SLOW_OPAQUE:

@@ -6,6 +6,7 @@ cdef class Wire:
     cdef public object end              # why the tunnel ended; None: it has not
     cdef public uint64_t bytes_received
     cdef public uint64_t bytes_sent     # tunnel bytes without WebSocket and TLS framing
+    cdef public object guard            # called before what was read is looked at, and before anything is written
     cdef public object _transport
     cdef public object _websocket       # a WebSocket
     cdef public object _end_due         # an end that was decided while the session was busy

@@ -17,6 +17,7 @@ class Wire:
     end: Any
     bytes_received: int
     bytes_sent: int
+    guard: Callable[[], None] | None  # called before what was read is looked at, and before writing: may end streams
     _transport: asyncio.Transport | None
     _websocket: WebSocket
     _end_due: Any

@@ -117,6 +117,8 @@ cdef class Wire:
         return self._storage
 
     def buffer_updated(self, Py_ssize_t size):
+        if self.guard is not None:
+            self.guard()
         if self.end is not None:
             return
         if self._raw:
@@ -176,6 +178,8 @@ cdef class Wire:
     def _flush(self):
         cdef bint written
         self._flush_due = False
+        if self.guard is not None:
+            self.guard()
         if self._paused or self._transport is None or self.end is not None:
             return
         try:

@@ -169,6 +169,10 @@ class HostCertificate(Tls):
     hosts: tuple[Annotated[str, AfterValidator(_host)], ...] = ()
 
 
+# Each is a process with an event loop of its own; beyond the processors that a machine has they only cost.
+MAX_WORKERS = 64
+
+
 class EdgeSection(_Section):
     """`[edge]`"""
 
@@ -185,7 +189,7 @@ class EdgeSection(_Section):
     hsts_seconds: int = Field(default=63_072_000, ge=0)  # Strict-Transport-Security; 0: none
     insecure: bool = False  # plain http:// on other than loopback addresses
     trusted_proxies: tuple[Network, ...] = ()
-    workers: int = Field(default=1, ge=1)
+    workers: int = Field(default=1, ge=1, le=MAX_WORKERS)
     fast_lane: bool = True
     drain_seconds: float = Field(default=30, ge=0, le=3600)
     # Where gateways may go while this edge is drained, besides the edges that they know themselves.
@@ -215,8 +219,6 @@ class EdgeSection(_Section):
                 )
         if 0 < self.assertion_key_days < 1:
             raise ValueError("assertion_key_days: a key signs for at least 1 day; 0 switches rotation off")
-        if self.workers != 1:
-            raise ValueError("workers: this version runs one worker; set workers = 1")
         if not self.state.startswith("sqlite:///"):
             raise ValueError("state: this version stores in SQLite only: sqlite:///PATH")
         return self

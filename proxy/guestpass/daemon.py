@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -113,17 +113,22 @@ class Signals:
 
     `stop` is set by the first SIGTERM or SIGINT; `hurry` by a further one, from a person who does not want to wait
     for the drain. SIGHUP calls `on_reload`; without one it stops as well, as when the terminal of a command is closed.
+    SIGUSR2 calls `on_roll`, where there is one.
     """
 
-    def __init__(self, *, on_reload: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self, *, on_reload: Callable[[], object] | None = None, on_roll: Callable[[], object] | None = None
+    ) -> None:
         self.stop = asyncio.Event()
         self.hurry = asyncio.Event()
         self._on_reload = on_reload
-        self._handlers: Mapping[signal.Signals, Callable[[], None]] = {
+        self._handlers: dict[signal.Signals, Callable[[], object]] = {
             signal.SIGTERM: self._stop,
             signal.SIGINT: self._stop,
             signal.SIGHUP: self._reload,
         }
+        if on_roll is not None:
+            self._handlers[signal.SIGUSR2] = on_roll
 
     def _stop(self) -> None:
         if self.stop.is_set():

@@ -7,7 +7,8 @@ step, and the HTTP status that the API answers with. Foreign exceptions are tran
 
 from __future__ import annotations
 
-from typing import ClassVar
+import copyreg
+from typing import Any, ClassVar
 
 
 class GuestpassError(Exception):
@@ -22,6 +23,10 @@ class GuestpassError(Exception):
         self.message = message
         self.hint = hint
         self._code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without `__init__`, whose parameters are each subclass's own.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
     @property
     def error_code(self) -> str:

@@ -133,7 +133,7 @@ def is_gateway_file(path: Path) -> bool:
 
 
 def _edge(config: EdgeConfig) -> Iterator[Check]:
-    from guestpass.edge.app import with_notifiers
+    from guestpass.edge.home import with_notifiers
     from guestpass.edge.plugins import KINDS, PluginSet
 
     try:

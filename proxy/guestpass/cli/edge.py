@@ -11,6 +11,7 @@ from guestpass.cli.parser import add_command, log_option
 
 if TYPE_CHECKING:
     from guestpass.cli.parser import Commands
+    from guestpass.config import LogLevel
 
 
 def add(commands: Commands) -> None:
@@ -18,7 +19,8 @@ def add(commands: Commands) -> None:
         commands,
         "edge",
         "run the edge: the public reverse proxy",
-        about="SIGTERM and SIGINT drain and end it, SIGHUP reloads the configuration; live streams stay.",
+        about="SIGTERM and SIGINT drain and end it, SIGHUP reloads the configuration; live streams stay. "
+        "With several workers, SIGUSR2 replaces them one after the other.",
         example="guestpass edge --config edge.toml",
         run=run,
         parents=[log_option()],
@@ -37,8 +39,10 @@ def run(args: argparse.Namespace, output: Output) -> int:
     from guestpass.config import load_edge
     from guestpass.daemon import notify_systemd, set_up_logging
     from guestpass.edge.app import serve
+    from guestpass.edge.supervisor import supervise
 
-    set_up_logging(getattr(args, "log_level", "info"))
+    log_level: LogLevel = getattr(args, "log_level", "info")
+    set_up_logging(log_level)
     config = load_edge(args.config)
 
     def ready(facts: dict[str, Any]) -> None:
@@ -49,5 +53,8 @@ def run(args: argparse.Namespace, output: Output) -> int:
         )
         notify_systemd("READY=1", f"STATUS=Serving {facts['edge']}")
 
-    loop.run(serve(config, ready=ready, restored=args.restored))
+    if config.edge.workers == 1:
+        loop.run(serve(config, ready=ready, restored=args.restored))
+    else:
+        loop.run(supervise(config, ready=ready, log_level=log_level, restored=args.restored))
     return 0

@@ -41,7 +41,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -64,6 +64,7 @@ from guestpass.edge.desk import FINISH_PATH, FLOW_SECONDS, FLOWS_WINDOW, SIGN_OU
 from guestpass.edge.grants import Grant, GrantTable
 from guestpass.edge.keys import CLIENT, SHARE_ID
 from guestpass.edge.signin import SignInPages
+from guestpass.edge.tunnels import NEWS_SECONDS
 from guestpass.errors import (
     Forbidden,
     GuestpassError,
@@ -73,7 +74,7 @@ from guestpass.errors import (
     ShareEnded,
     Unauthorized,
 )
-from guestpass.model import Event, Identity, Revocation, Session, SessionKind, Share
+from guestpass.model import Candidate, Event, Identity, Revocation, Session, SessionKind, Share
 from guestpass.plugin import Choice, Client, Denied, RequestContext
 
 if TYPE_CHECKING:
@@ -99,6 +100,10 @@ TOO_MANY_VIEWERS = (
     "If one of them is you in another browser, sign out there; or ask the owner to allow more."
 )
 
+Agree = Callable[[str, Sequence[str], str | None], Awaitable[str | None]]
+"""(session id, gateways that could serve it, the one that was chosen, or None to ask whether there is one already):
+the session's gateway, the same for all who ask."""
+
 
 class Admission(Desk):
     """Serves sign-in on the main origin, the hand-over on shares' origins, and makes grants."""
@@ -115,7 +120,9 @@ class Admission(Desk):
         events: EventHub,
         metrics: Metrics | None = None,
         now: Callable[[], float] = time.time,
+        agree: Agree | None = None,
     ) -> None:
+        """`agree`: how several workers come to the same gateway for a session."""
         super().__init__(
             origins=origins,
             service=service,
@@ -125,6 +132,7 @@ class Admission(Desk):
             metrics=metrics,
             now=now,
         )
+        self._agree = agree
         self._grants = grants
         self._tunnels = tunnels
         self._sign_in = SignInPages(
@@ -193,17 +201,27 @@ class Admission(Desk):
 
         When the service is down behind all of them, one that offers it: it says so (502), and knows first when the
         service is back."""
-        for unwell in (False, True):
-            found = self._tunnels.candidates(share.site, share.service, unwell=unwell)
-            candidates = [c for c in found if c.name not in exclude]
-            if candidates:
-                break
-        else:
+        candidates = self._candidates(share, exclude)
+        until = time.monotonic() + NEWS_SECONDS
+        while not candidates and not exclude and await self._tunnels.news(until - time.monotonic()):
+            candidates = self._candidates(share, exclude)
+        if not candidates:
             raise NoGateway(
                 f"no gateway of {share.site} that offers {share.service} is connected",
                 hint="Start a gateway, or see why it does not connect: guestpass gateway list.",
             )
-        return (await self._plugins.choose(Choice(share, session, candidates))).name
+        names = [candidate.name for candidate in candidates]
+        if self._agree is not None and (agreed := await self._agree(session.id, names, None)) is not None:
+            return agreed
+        chosen = (await self._plugins.choose(Choice(share, session, candidates))).name
+        return chosen if self._agree is None else await self._agree(session.id, names, chosen) or chosen
+
+    def _candidates(self, share: Share, exclude: frozenset[str]) -> list[Candidate]:
+        for unwell in (False, True):
+            found = self._tunnels.candidates(share.site, share.service, unwell=unwell)
+            if candidates := [c for c in found if c.name not in exclude]:
+                return candidates
+        return []
 
     def _restored(self, key: tuple[SessionKind, bytes, str], task: asyncio.Task[Grant]) -> None:
         if self._restoring.get(key) is task:

@@ -14,32 +14,41 @@ import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import generate_latest
 
 from guestpass import config as configuration
-from guestpass.config import EdgeConfig, PluginSection
+from guestpass.config import EdgeConfig
 from guestpass.daemon import Signals, reloading
 from guestpass.edge import certificates
 from guestpass.edge import headers as h
 from guestpass.edge.access_log import STDOUT, AccessLog
 from guestpass.edge.acme import Acme
+from guestpass.edge.admin import Admin
 from guestpass.edge.admission import Admission
 from guestpass.edge.api import Api
 from guestpass.edge.api import routes as api_routes
 from guestpass.edge.assertion import Signer
+from guestpass.edge.bare import BareServer, ServerLog
 from guestpass.edge.certificates import Certificates
 from guestpass.edge.console import Console
 from guestpass.edge.events import EventHub
-from guestpass.edge.front import HANDLER_KEEPALIVE, Answered, FastLane, House, bare_lane
+from guestpass.edge.front import HANDLER_KEEPALIVE, Answered, FastLane, House
 from guestpass.edge.grants import Grant, GrantTable
+from guestpass.edge.home import (
+    Home,
+    api_key_of,
+    make_state_folder,
+    plugin_secret,
+    ready_line,
+    with_notifiers,
+)
 from guestpass.edge.incoming import PREFIX as HOOKS_PREFIX
 from guestpass.edge.incoming import IncomingRoutes
 from guestpass.edge.keys import CLIENT, SCHEME, SHARE_ID
@@ -49,19 +58,15 @@ from guestpass.edge.metrics import Metrics
 from guestpass.edge.origins import Origins
 from guestpass.edge.pages import Pages
 from guestpass.edge.plugins import PluginSet
-from guestpass.edge.relay import Relay
-from guestpass.edge.signing_keys import JWKS_SECONDS, KeyRing, write_private
+from guestpass.edge.relay import RETRY_AFTER, Relay
+from guestpass.edge.signing_keys import JWKS_SECONDS, KeyRing
 from guestpass.edge.tunnels import Tunnels
-from guestpass.errors import ConfigError, Forbidden, GuestpassError
+from guestpass.edge.worker import Seat
+from guestpass.errors import Forbidden, GuestpassError, StoreError
 from guestpass.hosts import is_loopback
 from guestpass.model import Revocation, Revoked
 from guestpass.plugin import Client
-from guestpass.shares.bus import Bus
-from guestpass.shares.courier import Courier
-from guestpass.shares.service import ShareService
-from guestpass.shares.store import Store
-from guestpass.tokens import API_KEY_PREFIX, new_secret
-from guestpass_speedups.relay import Lane
+from guestpass_speedups.relay import Connection, Lane
 from guestpass_speedups.session import Budget
 
 log = logging.getLogger("guestpass.edge")
@@ -81,11 +86,20 @@ SWEEP_SECONDS = 60.0
 # How often a drain looks whether the last stream has ended.
 DRAIN_POLL = 0.05
 
+# A worker that is replaced waits so long for its gateways' tunnels to other workers: a dial, a handshake, and time.
+HAND_OVER_SECONDS = 10.0
+
+# And leaves connections alone that did nothing for so long: a client that keeps asking has been answered by then.
+HAND_OVER_IDLE = 2.0
+
 RESERVED_PREFIX = "/.guestpass/"
 ASSETS_PREFIX = "/.guestpass/assets/"
 
 # The parts of edge.toml that plugins come from.
 OF_PLUGINS = ("authenticate", "revoke", "choose", "filter", "notify", "observe", "mail")
+
+# Kinds of plugins that a worker has; the others are the supervisor's.
+DECIDING = frozenset(("authenticate", "revoke", "choose", "filter"))
 
 # A JSON or form body for our own handlers; shared applications' bodies stream and have no cap.
 MAX_OWN_BODY = 256 * 1024
@@ -98,19 +112,23 @@ class Edge:
         self,
         config: EdgeConfig,
         *,
+        seat: Seat | None = None,
         restored: bool = False,
         now: Callable[[], float] = time.time,
         load: Callable[..., PluginSet] = PluginSet.load,
     ) -> None:
-        """`restored`: the database is a backup (see `Store.open`). `load(config, observe_hook=…)` makes the set of
-        plugins."""
+        """`seat`: of one worker among several; without one, the edge is this process. `restored`: the database is a
+        backup (see `Store.open`).
+        `load(config, observe_hook=…)` makes the set of plugins."""
         self.config = config
         self._restored = restored
         self._now = now
         self._load = load
+        self._seat = seat
         self._listeners: list[Listener] = []
+        self._bare: list[BareServer] = []
         self._lanes: list[Lane] = []
-        self._admin: Listener | None = None
+        self._admin: Admin | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._cleanups: list[Callable[[], Awaitable[None]]] = []
         self.certificates = Certificates()
@@ -131,13 +149,8 @@ class Edge:
 
     async def _start(self) -> dict[str, Any]:
         config, edge = self.config, self.config.edge
-        state = config.database.parent
-        try:
-            state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as exc:
-            raise ConfigError(
-                f'{config.file}: cannot make the folder {state}: {exc.strerror} (key "edge.state")'
-            ) from exc
+        seat = self._seat
+        state = make_state_folder(config)
         self.origins = Origins(edge.public_url, edge.share_domain)
         # Not on a developer's machine: a browser keeps it for all ports of the name, other servers' too.
         public = not is_loopback(urlsplit(edge.public_url).hostname or "")
@@ -151,42 +164,47 @@ class Edge:
                 count=lambda outcome: self.metrics.acme_attempts.labels(outcome).inc(),
             )
         self._load_certificates(config)
-        self.plugins = self._load(with_notifiers(config), observe_hook=self.metrics.observe_hook)
-        self._cleanups.append(self.plugins.stop)  # of those that were loaded and never started as well
-        self._seen = _fingerprint(config)
         self.keys = KeyRing(state, days=edge.assertion_key_days)
         self.keys.open(time.time())
         self.signer = Signer(self.keys, edge.public_url)
-        api_key, api_key_file = self._api_key(state)
-
-        store = await Store.open(config.database, restored=self._restored)
-        self._cleanups.append(store.close)
-        self.events = EventHub()
-        bus = Bus()
-        courier = Courier(store, self.plugins.notifiers, emit=self.events.emit, now=self._now)
-        self.service = service = ShareService(
-            store,
-            bus,
-            now=self._now,
-            emit=self.events.emit,
-            renew=lambda share, sessions: self.grants.renew(share, sessions),
-            public_url=edge.public_url,
-            share_origin=self.origins.share_origin,
-            default_owner=edge.owner,
-            ways=lambda: [way.name for way in self.plugins.interactive],
-        )
-        self._cleanups.append(service.close)
-        self.grants = GrantTable(now=self._now, touched=service.touch)
-        bus.subscribe(self._revoke)
-        self._publish = bus.publish
+        api_key, api_key_file = api_key_of(config, state)
+        self.plugins = self._load_plugins(config)
+        self._cleanups.append(self.plugins.stop)  # of those that were loaded and never started as well
+        self._seen = _fingerprint(config)
+        self.grants: GrantTable
+        home: Home | None = None
+        if seat is None:
+            self.events = EventHub()
+            home = await Home.open(
+                config,
+                events=self.events,
+                notifiers=self.plugins.notifiers,
+                origins=self.origins,
+                renew=lambda share, sessions: self.grants.renew(share, sessions),
+                ways=lambda: [way.name for way in self.plugins.interactive],
+                restored=self._restored,
+                now=self._now,
+            )
+            self._cleanups.append(home.close)
+            home.bus.subscribe(self._revoke)
+            self.service = home.service
+            notify, self._publish = home.courier.enqueue, home.bus.publish
+        else:
+            self.events = seat.events
+            self.service = seat.service
+            notify, self._publish = seat.enqueue, seat.publish
+        service = self.service
+        self.grants = GrantTable(now=self._now, touched=service.touch if seat is None else seat.touch_later)
         self.tunnels = Tunnels(
             edge_name=edge.name,
             find_key=self._find_key,
-            budget=Budget(edge.memory_budget),
+            budget=Budget(edge.memory_budget) if seat is None else seat.budget,
             certificate_hash=self._binding,
             on_event=self.events.emit,
             touched=service.seen,
             other_edges=edge.other_edges,
+            neighbours=seat.neighbours if seat is not None else None,
+            guard=seat.guard if seat is not None else None,
         )
         self.pages = Pages(self.origins, self._count_refused)
         self.admission = Admission(
@@ -199,6 +217,7 @@ class Edge:
             events=self.events,
             metrics=self.metrics,
             now=self._now,
+            agree=seat.agree if seat is not None else None,
         )
         self.refusals = Refusals(config.limits, count=lambda limit: self.metrics.refusals.labels(limit).inc())
         self.lane = FastLane(
@@ -234,28 +253,32 @@ class Edge:
         self.metrics.watch(
             grants=lambda: len(self.grants),
             streams=lambda: self.grants.all_streams,
-            tunnels=lambda: [(s.site, s.name, s.tunnels, s.rtt) for s in self.tunnels.status()],
+            tunnels=lambda: [(s.site, s.name, s.tunnels, s.rtt) for s in self.tunnels.held()],
             tunnel_bytes=lambda: (self.tunnels.bytes_received, self.tunnels.bytes_sent),
             certificates=self.certificates.expiries,
         )
         self.incoming = IncomingRoutes(self.origins)
+        if seat is not None:
+            seat.settle(self)
         await self.plugins.start(
             service,
             self.events,
-            notify=courier.enqueue,
-            revoke=bus.publish,
+            notify=notify,
+            revoke=self._publish,
             fail_closed=self.grants.end_all,
-            secret=_secret_file(state / "plugins.key").encode("ascii"),
+            secret=plugin_secret(state),
             now=self._now,
             count_blocked=lambda plugin: self.metrics.loop_blocked.labels(plugin).inc(),
             incoming=self.incoming,
         )
         self._cleanups.append(self.plugins.stop)
-        await courier.start()
-        self._cleanups.append(courier.stop)
+        if home is not None:
+            await home.courier.start()
+            self._cleanups.append(home.courier.stop)
+        live = self.grants if seat is None else seat.live
         api = Api(
             service=service,
-            live=self.grants,
+            live=live,
             gateways=self.tunnels,
             events=self.events,
             api_key=api_key,
@@ -264,7 +287,7 @@ class Edge:
         )
         console = Console(
             service=service,
-            live=self.grants,
+            live=live,
             gateways=self.tunnels,
             pages=self.pages,
             api_key=api_key,
@@ -280,50 +303,88 @@ class Edge:
             scheme=self.origins.scheme,
             refusals=self.refusals,
         )
-        admin_url = await self._admin_app()
+        admin_url = await self._admin_app() if seat is None else ""
+        sockets = iter(seat.sockets if seat is not None else repeat(None))
         for url in edge.listen:
-            listener = Listener(url, self.certificates)
+            listener = Listener(url, self.certificates, next(sockets))
             await listener.start(self.house.front)
             self._listeners.append(listener)
+        listening = [listener.url for listener in self._listeners]
         for url in edge.redirect_listen:
-            self._listeners.append(await self._bare(await self._plain_server(), url))
+            server = BareServer(
+                url,
+                self._plain_app(),
+                pages=self.pages,
+                refused=self.metrics.refused,
+                limits=config.limits,
+                refusals=self.refusals,
+                sock=next(sockets),
+            )
+            listening.append(await server.start())
+            self._bare.append(server)
         if self.acme is not None:
             await self.acme.start()
             self._cleanups.append(self.acme.stop)
         self._tasks.append(asyncio.create_task(self._sweep(), name="sweep"))
-        return {
-            "edge": edge.public_url,
-            "listen": [listener.url for listener in self._listeners],
-            "metrics": f"{admin_url}/metrics",
-            "api": f"{edge.public_url}/api/v1",
-            "outbox": None if config.mail is not None else str(config.resolve(edge.outbox)),
-            "pid": os.getpid(),
-            "api_key_file": str(api_key_file) if api_key_file is not None else None,
-        }
+        return ready_line(
+            config,
+            listen=listening,
+            admin_url=admin_url,
+            api_key_file=api_key_file,
+            pid=os.getpid(),
+        )
 
-    async def drain(self) -> None:
-        """Stop accepting, tell the gateways, let what runs finish, at most `drain_seconds`."""
+    async def drain(self, *, replaced: bool = False) -> None:
+        """Stop accepting, tell the gateways, let what runs finish, at most `drain_seconds`. `replaced`: other workers
+        go on, so nobody may notice that this one leaves."""
         self._draining = True
         for listener in self._listeners:
             listener.close()
+        for server in self._bare:
+            server.close()
         self.relay.leaving = True
         self.lane.fast = False  # what still comes on open connections is answered, and told that they close
         self.tunnels.leave()
         seconds = self.config.edge.drain_seconds
         deadline = time.monotonic() + seconds
-        while self.grants.all_streams and time.monotonic() < deadline:
+        if replaced and self._seat is not None:
+            self.events.close()  # who listens to them comes back at once
+            await self._hand_over(self._seat, deadline)
+        while self._busy() and time.monotonic() < deadline:
             await asyncio.sleep(DRAIN_POLL)
         left = self.grants.end_all("edge_stopping", tails=False)
         if left:
             log.info("drain: %d streams were still open after %g s", left, seconds)
         await self.tunnels.drain(max(deadline - time.monotonic(), 0.0))
 
+    async def _hand_over(self, seat: Seat, deadline: float) -> None:
+        """Until gateways have tunnels to other workers, these have stopped using the ones here, and visitors have gone:
+        each is told with an answer that its connection closes."""
+        settled = min(deadline, time.monotonic() + HAND_OVER_SECONDS)
+        while not self.tunnels.held_elsewhere() and time.monotonic() < settled:
+            await asyncio.sleep(DRAIN_POLL)
+        await seat.withdraw()
+        while time.monotonic() < deadline and (
+            self._busy()
+            or self.tunnels.streams
+            or not all(idles(connection, self.config.limits) for connection in self.lane.connections)
+        ):
+            await asyncio.sleep(DRAIN_POLL)
+
+    def _busy(self) -> bool:
+        """Whether anything is open: of visitors here, or of other workers'."""
+        return bool(self.grants.all_streams) or (self._seat is not None and self._seat.busy)
+
     async def stop(self) -> None:
         """Undo `start` in reverse order. Never raises."""
         for listener in self._listeners:
             listener.close()
+        for server in self._bare:
+            server.close()
         if self._admin is not None:
-            self._admin.close()
+            await self._admin.stop()
+        for server in self._bare:
+            await server.stop()
         for task in (*self._tasks, *self._reloads):
             task.cancel()
         await asyncio.gather(*self._tasks, *self._reloads, return_exceptions=True)
@@ -387,12 +448,16 @@ class Edge:
             log.warning("reload: a restart is needed for changes of: %s", ", ".join(elsewhere))
         log.info("reloaded %s", self.config.file)
 
+    def _load_plugins(self, config: EdgeConfig) -> PluginSet:
+        """Of one worker among several, those that decide. Raises PluginError, ConfigError."""
+        if self._seat is None:
+            return self._load(with_notifiers(config), observe_hook=self.metrics.observe_hook)
+        return self._load(config, observe_hook=self.metrics.observe_hook, only=DECIDING)
+
     async def _swap_plugins(self, fresh: EdgeConfig) -> None:
         """Raises GuestpassError; then the old plugins are asked as before."""
-        loading = partial(self._load, with_notifiers(fresh), observe_hook=self.metrics.observe_hook)
-        plugins = await asyncio.to_thread(
-            loading
-        )  # importing may take a while, and others are served meanwhile
+        # importing may take a while, and others are served meanwhile
+        plugins = await asyncio.to_thread(self._load_plugins, fresh)
         open_ones: list[Grant] = []
 
         def swapped() -> None:
@@ -454,22 +519,20 @@ class Edge:
             return bytes.fromhex(self.config.edge.tunnel_certificate_hash)
         return self.certificates.hash_of(transport.get_extra_info("sslcontext"))
 
-    def _api_key(self, state: Path) -> tuple[str, Path | None]:
-        secret = self.config.edge.api_key
-        if secret is not None:
-            return secret.of(self.config.file, "edge.api_key"), None
-        path = state / "api.key"
-        return _secret_file(path, API_KEY_PREFIX), path
-
     async def _find_key(self, site: str, name: str, key: bytes) -> bool:
         gateway = await self.service.find_gateway(site, name)
         return gateway is not None and secrets.compare_digest(gateway.public_key, key)
 
     def _revoke(self, revocation: Revocation) -> Revoked:
+        ended = self.revoke(revocation)
+        self.metrics.count_revocation(revocation.reason, ended.took_ms / 1000)
+        return ended
+
+    def revoke(self, revocation: Revocation) -> Revoked:
+        """End in this process what `revocation` names."""
         ended = self.grants.revoke(revocation)
         if revocation.gateway is not None:
             self.tunnels.disconnect(*revocation.gateway)
-        self.metrics.count_revocation(revocation.reason, ended.took_ms / 1000)
         return ended
 
     async def _sweep(self) -> None:
@@ -503,7 +566,7 @@ class Edge:
             handler_cancellation=True,
             access_log=log,
             access_log_class=Answered,
-            logger=_ServerLog(self.metrics),
+            logger=ServerLog(self.metrics.refused),
             auto_decompress=False,
             keepalive_timeout=HANDLER_KEEPALIVE,
             max_line_size=MAX_LINE,
@@ -537,6 +600,10 @@ class Edge:
             return self.pages.error(exc.status, request=request)
         except (asyncio.CancelledError, ConnectionError):
             raise
+        except StoreError as exc:
+            error_id = secrets.token_hex(4)
+            log.warning("error %s: %s", error_id, exc)
+            return self.pages.error(503, request=request, error_id=error_id, retry_after=RETRY_AFTER)
         except Exception:
             error_id = secrets.token_hex(4)
             log.exception("error %s: unexpected", error_id)
@@ -579,6 +646,11 @@ class Edge:
             (ASSETS_PREFIX, HOOKS_PREFIX)
         ):
             raise web.HTTPNotFound
+        elif self._seat is not None and request.path.startswith("/api/") and request.method != "DELETE":
+            await self._seat.look_around()
+        elif self._seat is not None and request.path.startswith("/console"):
+            async with self._seat.for_owner():
+                return await handler(request)
         return await handler(request)
 
     async def _own_fields(self, request: web.Request, response: web.StreamResponse) -> None:
@@ -598,7 +670,7 @@ class Edge:
             return None
         return web.Response(body=text.encode("ascii"), content_type="application/octet-stream")
 
-    async def _plain_server(self) -> Callable[[], asyncio.BaseProtocol]:
+    def _plain_app(self) -> web.Application:
         """For `redirect_listen`: challenges, and the way to https."""
 
         async def answer(request: web.Request) -> web.StreamResponse:
@@ -617,7 +689,7 @@ class Edge:
         app = web.Application(client_max_size=MAX_OWN_BODY)
         app.router.add_route("*", "/{path:.*}", answer)
         app.on_response_prepare.append(self._own_fields)
-        return await self._server(app)
+        return app
 
     async def _jwks(self, request: web.Request) -> web.Response:
         return web.Response(
@@ -627,96 +699,25 @@ class Edge:
         )
 
     async def _admin_app(self) -> str:
-        host = _host(self.config.edge.admin_listen)
-        allowed = {"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host}
-
-        @web.middleware
-        async def known_host(
-            request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-        ) -> web.StreamResponse:
-            # A web page that resolves its own name to this address must not read the metrics (DNS rebinding).
-            if request.host.rpartition(":")[0].lower() not in allowed and request.host.lower() not in allowed:
-                return web.Response(status=421, text="no such host here\n")
-            return await handler(request)
-
-        app = web.Application(middlewares=[known_host])
-        app.router.add_get("/metrics", self._metrics)
-        app.router.add_get("/healthz", self._healthz)
-        app.router.add_get("/readyz", self._readyz)
-        listener = await self._bare(await self._server(app), f"http://{self.config.edge.admin_listen}")
-        self._admin = listener
-        return listener.url
-
-    async def _server(self, app: web.Application) -> Callable[[], asyncio.BaseProtocol]:
-        """aiohttp's protocols for an application of ours without shares."""
-        runner = web.AppRunner(
-            app,
-            access_log=log,
-            access_log_class=Answered,
-            logger=_ServerLog(self.metrics),
-            keepalive_timeout=HANDLER_KEEPALIVE,
-            shutdown_timeout=1.0,
-        )
-        await runner.setup()
-        self._cleanups.append(runner.cleanup)
-        server = runner.server
-        assert server is not None
-        return server
-
-    async def _bare(self, handler: Callable[[], asyncio.BaseProtocol], url: str) -> Listener:
-        """Listen without shares and tunnels. Raises PortTaken, ConfigError."""
-        listener = Listener(url)
-        lane = bare_lane(self.config.limits)
-        self._lanes.append(lane)
-        house = House(
-            lane=lane,
-            handler=handler,
-            tunnel=lambda transport, head, rest: transport.abort(),
+        self._admin = Admin(
+            self.config.edge.admin_listen,
+            metrics=self._metrics,
+            faults=self.faults,
             pages=self.pages,
-            refused=self._count_refused,
-            refusals=self.refusals,
+            refused=self.metrics.refused,
+            limits=self.config.limits,
+            certificates=self.acme.status if self.acme is not None else None,
         )
-        await listener.start(house.front)
-        return listener
+        return await self._admin.start()
 
-    async def _metrics(self, request: web.Request) -> web.Response:
-        return web.Response(
-            body=generate_latest(self.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
-        )
+    async def _metrics(self) -> bytes:
+        return generate_latest(self.metrics.registry)
 
-    async def _healthz(self, request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok"})
-
-    async def _readyz(self, request: web.Request) -> web.Response:
+    async def faults(self) -> dict[str, str]:
         faults: dict[str, str] = dict(self.plugins.health())
         if self._draining:
             faults["edge"] = "draining"
-        told: dict[str, Any] = {"status": "not ready" if faults else "ready", "faults": faults}
-        if self.acme is not None:
-            # Told, and no fault: an edge that is taken out of service cannot answer the challenge.
-            told["certificates"] = self.acme.status()
-        return web.json_response(told, status=503 if faults else 200)
-
-
-class _ServerLog(logging.LoggerAdapter[logging.Logger]):
-    """aiohttp's log without what visitors sent: its parser quotes the bytes that it refuses, which may be a cookie or a
-    piece of an upload, and anybody could fill the log with them."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        super().__init__(logging.getLogger("guestpass.edge.http"), {})
-        self._refused = metrics.refused
-
-    def exception(self, msg: object, *args: Any, exc_info: Any = True, **more: Any) -> None:
-        if isinstance(exc_info, HttpProcessingError):
-            self._refused.labels(str(exc_info.code)).inc()
-        else:
-            super().exception(msg, *args, exc_info=exc_info, **more)
-
-    def debug(self, msg: object, *args: Any, exc_info: Any = None, **more: Any) -> None:
-        if isinstance(exc_info, HttpProcessingError):
-            self._refused.labels(str(exc_info.code)).inc()
-        else:
-            super().debug(msg, *args, exc_info=exc_info, **more)
+        return faults
 
 
 def _fingerprint(config: EdgeConfig) -> bytes:
@@ -746,31 +747,27 @@ def _secret_files(value: Any) -> Iterator[str]:
             yield from _secret_files(inner)
 
 
-def with_notifiers(config: EdgeConfig) -> EdgeConfig:
-    """The configuration with the notifier that `[mail]`, or its absence, implies when none is named."""
-    if config.notify:
-        return config
-    if config.mail is not None:
-        settings: dict[str, Any] = {"url": config.mail.smtp, "sender": config.mail.sender}
-        if config.mail.password is not None:
-            settings["password"] = config.mail.password.of(config.file, "mail.password")
-        keys = {"url": "mail.smtp", "sender": "mail.from", "password": "mail.password"}
-        section = PluginSection.standing_for("[mail]", keys, use="smtp", **settings)
-    else:
-        section = PluginSection(use="outbox", folder=str(config.resolve(config.edge.outbox).absolute()))
-    return config.model_copy(update={"notify": (section,)})
+def idles(connection: Connection, limits: configuration.Limits) -> bool:
+    """Whether a visitor's connection is between requests, and has been for a while."""
+    limit = connection.time_limit
+    times = {"IDLE": limits.idle_seconds, "HEAD": limits.head_seconds}
+    if limit is None or limit[0] not in times:
+        return False
+    return time.monotonic() - (limit[1] - times[limit[0]]) > HAND_OVER_IDLE
 
 
-def _secret_file(path: Path, prefix: str = "") -> str:
-    """A secret of ours that is made at the first start and kept in a file of mode 0600. Raises ConfigError."""
-    if not path.exists():
-        write_private(path, new_secret(prefix).encode("ascii") + b"\n")
-    return configuration.Secret(file=path.absolute()).read(path.parent)
-
-
-def _host(value: str) -> str:
-    """Of HOST:PORT, in lower case; an IPv6 address without its brackets."""
-    return urlsplit("//" + value).hostname or ""
+async def work(config: EdgeConfig, seat: Seat) -> None:
+    """Be a worker until the supervisor says so, or is gone. Faults of the start are told to it."""
+    edge = Edge(config, seat=seat)
+    try:
+        await edge.start()
+    except GuestpassError as exc:
+        await seat.failed(exc)
+        return
+    try:
+        await seat.serve()
+    finally:
+        await edge.stop()
 
 
 async def serve(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hmac
 import time
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ SIGN_IN = "/console/sign-in"
 
 
 @dataclass(slots=True)
-class _Owner:
+class Owner:
     """A browser that showed the key."""
 
     secret: str
@@ -77,6 +78,10 @@ class _Owner:
     def take_notices(self) -> list[tuple[str, str]]:
         notices, self.notices = self.notices, []
         return notices
+
+
+# Who is signed in, for one request, where several workers share them; None: this process keeps them itself.
+OWNERS: ContextVar[dict[bytes, Owner] | None] = ContextVar("owners", default=None)
 
 
 class Console:
@@ -99,8 +104,21 @@ class Console:
         self._api_key = tokens.digest(api_key)
         self._origins = origins
         self._main_origin = f"{origins.scheme}://{origins.main_host}"
-        self._owners: dict[bytes, _Owner] = {}
+        self._owners: dict[bytes, Owner] = {}
         self._tries = Limiter(TRIES_PER_CLIENT, TRIES_WINDOW)
+
+    @property
+    def owners(self) -> dict[bytes, Owner]:
+        """Who is signed in, by the digest of the cookie."""
+        found = OWNERS.get()
+        return self._owners if found is None else found
+
+    @owners.setter
+    def owners(self, owners: dict[bytes, Owner]) -> None:
+        if OWNERS.get() is None:
+            self._owners = owners
+        else:
+            OWNERS.set(owners)
 
     @staticmethod
     def _now() -> float:
@@ -156,11 +174,11 @@ class Console:
         if not isinstance(key, str) or not hmac.compare_digest(tokens.digest(key.strip()), self._api_key):
             return self._render_sign_in(403, "That is not the API key. It begins with gpk_.")
         now = self._now()
-        self._owners = {k: o for k, o in self._owners.items() if o.until > now}
-        while len(self._owners) >= MAX_SIGNED_IN:
-            del self._owners[next(iter(self._owners))]
+        self.owners = {k: o for k, o in self.owners.items() if o.until > now}
+        while len(self.owners) >= MAX_SIGNED_IN:
+            del self.owners[next(iter(self.owners))]
         secret = tokens.new_secret()
-        self._owners[tokens.digest(secret)] = _Owner(secret, now + SIGNED_IN_SECONDS)
+        self.owners[tokens.digest(secret)] = Owner(secret, now + SIGNED_IN_SECONDS)
         response = redirect(HOME)
         set_cookie(response, CONSOLE_COOKIE, secret, SIGNED_IN_SECONDS, same_site="Strict")
         return response
@@ -170,16 +188,16 @@ class Console:
         response = redirect(SIGN_IN)
         if owner is not None:
             await self._posted(request, owner)
-            del self._owners[tokens.digest(owner.secret)]
+            del self.owners[tokens.digest(owner.secret)]
             drop_cookie(response, CONSOLE_COOKIE)
         return response
 
-    def _owner(self, request: web.Request) -> _Owner | None:
+    def _owner(self, request: web.Request) -> Owner | None:
         secret = own_cookie(request, CONSOLE_COOKIE)
-        owner = self._owners.get(tokens.digest(secret)) if secret is not None else None
+        owner = self.owners.get(tokens.digest(secret)) if secret is not None else None
         return owner if owner is not None and owner.until > self._now() else None
 
-    def _signed_in(self, request: web.Request) -> _Owner:
+    def _signed_in(self, request: web.Request) -> Owner:
         """Raises HTTPSeeOther to the sign-in page."""
         owner = self._owner(request)
         if owner is None:
@@ -188,11 +206,11 @@ class Console:
             )
         return owner
 
-    async def _posted(self, request: web.Request, owner: _Owner) -> dict[str, str]:
+    async def _posted(self, request: web.Request, owner: Owner) -> dict[str, str]:
         return await posted(request, self._main_origin, owner.secret, "console")
 
     def _render(
-        self, owner: _Owner, template: str, section: str, status: int = 200, **context: Any
+        self, owner: Owner, template: str, section: str, status: int = 200, **context: Any
     ) -> web.Response:
         return self._pages.render(
             template,
@@ -239,7 +257,7 @@ class Console:
 
     async def _render_share(
         self,
-        owner: _Owner,
+        owner: Owner,
         share_id: str,
         *,
         status: int = 200,
@@ -273,7 +291,7 @@ class Console:
         return self._render_new(owner, values, {})
 
     def _render_new(
-        self, owner: _Owner, values: Mapping[str, str], faults: Mapping[str, str], general: str = ""
+        self, owner: Owner, values: Mapping[str, str], faults: Mapping[str, str], general: str = ""
     ) -> web.Response:
         return self._render(
             owner,

@@ -79,7 +79,10 @@ class Shim(asyncio.Transport):
 
     def write(self, data: Any) -> None:
         front = self._front
-        if front is None or not front.slow or self._transport.is_closing():
+        if front is None:
+            return
+        front.lane.check()
+        if not front.slow or self._transport.is_closing():
             return
         front.wrote = True
         front.slow_moved()

@@ -199,6 +199,25 @@ class GrantTable:
         if self._by_session.get(grant.session.id) is grant:
             self._by_gateway[(grant.site, gateway)].add(grant)
 
+    def move_session(self, session_id: str, gateway: str) -> None:
+        """Another worker has moved the session; nothing happens where there is no grant of it."""
+        grant = self._by_session.get(session_id)
+        if grant is not None and grant.gateway != gateway:
+            self.move(grant, gateway)
+
+    def session_ids(self, revocation: Revocation) -> list[str]:
+        """The sessions that `revoke` would end."""
+        return [grant.session.id for grant in self._matching(revocation)]
+
+    def live(self) -> dict[str, dict[str, int]]:
+        """By share: the streams of each session that has some, or was used in the last minute."""
+        recent = self._now() - 60
+        found: dict[str, dict[str, int]] = {}
+        for grant in self._by_digest.values():
+            if grant.streams or grant.last_used >= recent:
+                found.setdefault(grant.share.id, {})[grant.session.id] = len(grant.streams)
+        return found
+
     def is_live(self, grant: Grant) -> bool:
         """Whether this very grant is in force. A relay that awaited something asks before it opens a stream."""
         current = self._by_digest.get((grant.kind, grant.digest)) is grant

@@ -21,9 +21,11 @@ BACKLOG = 1024
 
 
 class Listener:
-    """One `listen` URL of edge.toml."""
+    """One `listen` URL of edge.toml. `sock`: one that was bound already, by the supervisor of several workers."""
 
-    def __init__(self, url: str, certificates: Certificates | None = None) -> None:
+    def __init__(
+        self, url: str, certificates: Certificates | None = None, sock: socket.socket | None = None
+    ) -> None:
         parts = urlsplit(url)
         self.scheme = parts.scheme
         self._host = parts.hostname or ""
@@ -31,14 +33,21 @@ class Listener:
         self._port = parts.port if parts.port is not None else default_port
         self._certificates = certificates if parts.scheme == "https" else None
         self._server: asyncio.AbstractServer | TlsServer | None = None
+        self._sock = sock
         self.url = url
+
+    def bind(self) -> socket.socket:
+        """Bind, without accepting yet. Raises PortTaken, ConfigError."""
+        if self._sock is None:
+            self._sock = bind(self._host, self._port)
+        self._port = self._sock.getsockname()[1]
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        self.url = f"{self.scheme}://{host}:{self._port}"
+        return self._sock
 
     async def start(self, front: Callable[[], asyncio.BaseProtocol]) -> None:
         """Bind and accept. Raises PortTaken, ConfigError."""
-        sock = bind(self._host, self._port)
-        self._port = sock.getsockname()[1]
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        self.url = f"{self.scheme}://{host}:{self._port}"
+        sock = self.bind()
         certificates = self._certificates
         if certificates is None:
             self._server = await loop.create_server(front, sock=sock, backlog=BACKLOG)
@@ -50,6 +59,9 @@ class Listener:
         if self._server is not None:
             self._server.close()
             self._server = None
+        elif self._sock is not None:
+            self._sock.close()
+        self._sock = None
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -30,6 +30,17 @@ REASONS = frozenset(
 DURATIONS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 
 
+Family = tuple[str, str, str, list[tuple[str, dict[str, str], float]]]
+"""One metric as it goes between processes: name, documentation, type, samples (name, labels, value)."""
+
+# Of what several processes say, the largest counts; of everything else the sum.
+LARGEST = frozenset(
+    ("guestpass_tunnel_rtt_seconds", "process_start_time_seconds", "process_max_fds")
+    # every worker has the same
+    + ("guestpass_certificate_expires_seconds",)
+)
+
+
 class Service(Protocol):
     """What the fast lane counts of a service's answers."""
 
@@ -98,6 +109,18 @@ class Metrics:
         self.acme_attempts = Counter(
             "guestpass_acme_attempts", "Certificates ordered by ACME", ("outcome",), registry=self.registry
         )
+
+    def families(self) -> list[Family]:
+        """All of it, for another process."""
+        return [
+            (
+                metric.name,
+                metric.documentation,
+                metric.type,
+                [(sample.name, dict(sample.labels), sample.value) for sample in metric.samples],
+            )
+            for metric in self.registry.collect()
+        ]
 
     def count_revocation(self, reason: str, seconds: float) -> None:
         self.revocations.labels(reason if reason in REASONS else "other").inc()
@@ -227,3 +250,51 @@ class _Certificates(Collector):
         for host, seconds in dict(self._certificates()).items():
             left.add_metric((host,), seconds)
         return (left,)
+
+
+class Together(Collector):
+    """The metrics of several processes as one. Counters of those that have ended stay in the sums, so that none ever
+    falls."""
+
+    def __init__(self) -> None:
+        self._ended: dict[str, Family] = {}
+
+    def keep(self, families: Iterable[Family]) -> None:
+        """What a process had counted when it ended; its gauges go with it."""
+        counted = [family for family in families if family[2] in ("counter", "histogram")]
+        self._ended = _added([list(self._ended.values()), counted])
+
+    def of(self, processes: Iterable[Iterable[Family]]) -> Iterable[Metric]:
+        for name, documentation, kind, samples in _added([self._ended.values(), *processes]).values():
+            metric = Metric(name, documentation, kind)
+            for sample_name, labels, value in samples:
+                # When a series began is another moment in each process, and says nothing of their sum.
+                if not sample_name.endswith("_created"):
+                    metric.add_sample(sample_name, labels, value)
+            yield metric
+
+    def collect(self) -> Iterable[Metric]:
+        return self.of(())
+
+
+def _added(processes: Iterable[Iterable[Family]]) -> dict[str, Family]:
+    sums: dict[str, dict[tuple[str, frozenset[tuple[str, str]]], float]] = {}
+    about: dict[str, tuple[str, str]] = {}
+    for families in processes:
+        for name, documentation, kind, samples in families:
+            about.setdefault(name, (documentation, kind))
+            found = sums.setdefault(name, {})
+            for sample_name, labels, value in samples:
+                key = (sample_name, frozenset(labels.items()))
+                if name in LARGEST:
+                    found[key] = max(found.get(key, value), value)
+                else:
+                    found[key] = found.get(key, 0.0) + value
+    return {
+        name: (
+            name,
+            *about[name],
+            [(sample, dict(labels), value) for (sample, labels), value in found.items()],
+        )
+        for name, found in sums.items()
+    }

@@ -577,12 +577,18 @@ class PluginSet:
         self._fail_closed: Callable[[str], object] = lambda reason: None
 
     @classmethod
-    def load(cls, config: EdgeConfig, *, observe_hook: ObserveHook | None = None) -> PluginSet:
-        """Import, validate and construct everything that `config` names; nothing is started.
-        Raises PluginError or ConfigError."""
+    def load(
+        cls,
+        config: EdgeConfig,
+        *,
+        observe_hook: ObserveHook | None = None,
+        only: frozenset[str] = frozenset(KINDS),
+    ) -> PluginSet:
+        """Import, validate and construct everything that `config` names (of several processes each has `only` some
+        sections); nothing is started. Raises PluginError or ConfigError."""
         plugins: dict[str, list[Plugin]] = {}
         try:
-            cls._build_all(config, plugins)
+            cls._build_all(config, plugins, only)
         except BaseException:
             for plugin in (p for found in plugins.values() for p in found):
                 if isinstance(plugin, Isolated):
@@ -591,9 +597,11 @@ class PluginSet:
         return cls(plugins, observe_hook=observe_hook)
 
     @staticmethod
-    def _build_all(config: EdgeConfig, plugins: dict[str, list[Plugin]]) -> None:
+    def _build_all(config: EdgeConfig, plugins: dict[str, list[Plugin]], only: frozenset[str]) -> None:
         for kind in KINDS.values():
-            sections: tuple[PluginSection, ...] = getattr(config, kind.section)
+            sections: tuple[PluginSection, ...] = (
+                getattr(config, kind.section) if kind.section in only else ()
+            )
             plugins[kind.section] = []
             for position, section in enumerate(sections, 1):
                 plugin = _built(kind, section, position, config.file)
@@ -604,12 +612,14 @@ class PluginSet:
                         f'{place(kind, section, position, config.file)}: there is another "{plugin.name}"',
                         hint='Give one of them a name of its own: name = "…".',
                     )
-        if not any(section.use == "share-state" for section in config.revoke):
+        if "revoke" in only and not any(section.use == "share-state" for section in config.revoke):
             # Deletion, expiry and limits hold whatever else decides.
             plugins["revoke"].insert(
                 0, build(KINDS["revoke"], PluginSection(use="share-state"), 0, config.file)
             )
-        if not any(isinstance(p, Authenticator) and p.interactive for p in plugins["authenticate"]):
+        if "authenticate" in only and not any(
+            isinstance(p, Authenticator) and p.interactive for p in plugins["authenticate"]
+        ):
             raise ConfigError(
                 f"{config.file}: [[authenticate]]: no way to sign in is left for visitors",
                 hint='Add [[authenticate]] with use = "email-code".',

@@ -503,13 +503,13 @@ class Relay:
         self, grant: Grant, method: str, stream: TunnelStream, code: int, tried: set[str]
     ) -> bool:
         """Whether a request without a body, whose stream was reset before a response came, may go out again."""
-        if stream.acknowledged:
+        if stream.acknowledged and code != ErrorCode.DRAINING:
             # The gateway lives. That it could not reach the service did not touch the service; another one may.
             return code == ErrorCode.UNREACHABLE and any(
                 candidate.name not in tried
                 for candidate in self._tunnels.candidates(grant.site, grant.service)
             )
-        # The tunnel was lost, or drained, and nobody knows how far the request had come.
+        # The tunnel, or another worker's way to it, was lost or drained: nobody knows how far the request had come.
         return code in TUNNEL_WENT and method in h.IDEMPOTENT_METHODS
 
     async def _gateway(self, grant: Grant, tried: set[str]) -> str:

@@ -5,6 +5,9 @@ A gateway is registered by its first tunnel that proves its key, and gone with i
 one's at once, so nobody finds their own name "in use"; an older one is refused while the newer is connected, so that
 two processes with one key do not throw each other out for ever.
 
+Where several workers serve the edge, `neighbours` is what the others hold (see `guestpass.edge.peers`): answers are
+about all of them, and a gateway without a tunnel here is reached by a link to a worker that has one.
+
 Nothing here waits but the check of a key; opening a stream is a method call.
 """
 
@@ -22,6 +25,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from guestpass.edge.peers import Held, Neighbours, status_of
 from guestpass.errors import NoGateway
 from guestpass.model import Candidate, Event
 from guestpass.mux import handshake
@@ -48,6 +52,9 @@ SPREAD_RATE = 50
 SPREAD_LEAST = 1.0
 SPREAD_MOST = 20.0
 SPREAD_CHANGE = 1.25
+
+# Of several workers, one may hear that a tunnel has gone before it hears of the one that has taken its place.
+NEWS_SECONDS = 0.5
 
 # How often "last seen" of a connected gateway is written down, seconds.
 TOUCH_INTERVAL = 60.0
@@ -98,6 +105,27 @@ class _Registered:
             links.sort(key=lambda link: (link.asked_to_leave, link.session.retiring, link.session.streams))
         return links
 
+    def held(self) -> Held:
+        usable = self.usable()
+        peer = self.links[0].peer
+        return Held(
+            site=self.site,
+            name=self.name,
+            key=self.key,
+            epoch=self.epoch,
+            since=self.since,
+            tunnels=len(self.links),
+            usable=bool(usable),
+            leaving=not usable or usable[0].asked_to_leave,
+            streams=self.streams,
+            rtt=self.rtt,
+            services=dict(self.services),
+            weight=self.weight,
+            labels=dict(self.labels),
+            software=peer.software if peer else "",
+            remote=self.links[0].remote,
+        )
+
 
 class Tunnels:
     """All tunnels of this edge worker. Implements `EdgeOwner` for its links."""
@@ -112,10 +140,13 @@ class Tunnels:
         on_event: Callable[[Event], None],
         touched: Callable[[str, str], None],
         other_edges: Sequence[str] = (),
+        neighbours: Neighbours | None = None,
+        guard: Callable[[], None] | None = None,
     ) -> None:
         """`find_key(site, name, key)`: whether that key is enrolled under that name. `certificate_hash(transport)`:
         what the gateway must have seen at the other end (see `own_certificate_hash`), b"" without TLS, None to switch
-        the binding off. `touched(site, name)` is called when a gateway connects, and every minute while it is."""
+        the binding off. `touched(site, name)` is called when a gateway connects, and every minute while it is.
+        `guard` is called before what a tunnel brings is looked at."""
         self.on_gone: set[Callable[[str, str], None]] = set()
         """Called with (site, name) when the last tunnel of a gateway went."""
         self.on_change: set[Callable[[], None]] = set()
@@ -127,6 +158,10 @@ class Tunnels:
         self._on_event = on_event
         self._touched = touched
         self._other_edges = list(other_edges)
+        self._neighbours = neighbours
+        self._guard = guard
+        if neighbours is not None:
+            neighbours.on_change = self._neighbours_changed
         self._epoch = time.time_ns()
         self._sites: dict[str, dict[str, _Registered]] = {}
         self._unproven: dict[EdgeLink, str] = {}
@@ -167,6 +202,7 @@ class Tunnels:
             websocket_key=key,
             certificate=self._certificate_hash(transport),
         )
+        link.guard = self._guard
         self._links.add(link)
         self._unproven[link] = address
         self._unproven_by_address[address] += 1
@@ -214,7 +250,10 @@ class Tunnels:
                 False, "unknown_key", f"This key is not enrolled as {proof.name} of site {proof.site}."
             )
         current = self._sites.get(proof.site, {}).get(proof.name)
-        if current is not None and current.key == proof.key and current.epoch > link.epoch:
+        rivals = [(held.key, held.epoch) for held in self._elsewhere(proof.site, proof.name)]
+        if current is not None:
+            rivals.append((current.key, current.epoch))
+        if any(key == proof.key and epoch > link.epoch for key, epoch in rivals):
             return Verdict(
                 False, "stale_epoch", "A process that was started later is connected with this key."
             )
@@ -252,7 +291,8 @@ class Tunnels:
 
     def _say_spread(self, link: EdgeLink) -> None:
         """Tell a new tunnel, and all of them if their number has become another."""
-        spread = min(len(self._links) / SPREAD_RATE, SPREAD_MOST)
+        elsewhere = self._neighbours.tunnels if self._neighbours is not None else 0
+        spread = min((len(self._links) + elsewhere) / SPREAD_RATE, SPREAD_MOST)
         if spread < SPREAD_LEAST:
             spread = 0.0
         told = self._spread
@@ -352,29 +392,58 @@ class Tunnels:
     def candidates(self, site: str, service: str, *, unwell: bool = False) -> list[Candidate]:
         """Connected gateways of the site that reach the service and take new streams; with `unwell`, also those that
         offer the service and do not reach it now."""
-        return [
-            Candidate(
-                site=site,
-                name=registered.name,
-                weight=round(registered.weight),
-                labels=registered.labels,
-                streams=registered.streams,
-                rtt=registered.rtt,
-                healthy=registered.services[service],
+        found = []
+        for name in self._names(site):
+            registered = self._sites.get(site, {}).get(name)
+            holders: list[_Registered | Held] = [
+                *([registered] if registered is not None and registered.usable() else []),
+                *(held for held in self._elsewhere(site, name) if held.usable),
+            ]
+            states = [one.services[service] for one in holders if service in one.services]
+            if not any(states) and not (unwell and states):
+                continue
+            rtts = [one.rtt for one in holders if one.rtt is not None]
+            found.append(
+                Candidate(
+                    site=site,
+                    name=name,
+                    weight=round(holders[0].weight),
+                    labels=holders[0].labels,
+                    streams=sum(one.streams for one in holders),
+                    rtt=min(rtts, default=None),
+                    healthy=any(states),
+                )
             )
-            for registered in self._sites.get(site, {}).values()
-            if (registered.services.get(service) or (unwell and service in registered.services))
-            and registered.usable()
-        ]
+        return found
+
+    def _names(self, site: str) -> list[str]:
+        here = self._sites.get(site, {})
+        if self._neighbours is None:
+            return list(here)
+        return list(dict.fromkeys((*here, *self._neighbours.names(site))))
+
+    def _elsewhere(self, site: str, name: str) -> Sequence[Held]:
+        return () if self._neighbours is None else self._neighbours.of(site, name)
 
     def is_connected(self, site: str, name: str) -> bool:
         """Whether a tunnel to the gateway takes new streams."""
         registered = self._sites.get(site, {}).get(name)
-        return registered is not None and any(not link.draining for link in registered.links)
+        if registered is not None and any(not link.draining for link in registered.links):
+            return True
+        return self._neighbours is not None and self._neighbours.usable(site, name)
 
     def sessions(self, site: str, name: str, service: str) -> tuple[Session, ...]:
-        """Sessions of the gateway's tunnels, if it reaches the service. Those that drain are among them."""
+        """Sessions of the gateway's tunnels, if it reaches the service. Those that drain are among them. Without one
+        here, the session of a link to another worker."""
         registered = self._sites.get(site, {}).get(name)
+        if registered is not None and registered.services.get(service) and registered.usable():
+            return tuple(link.session for link in registered.links)
+        if self._neighbours is not None and any(
+            held.usable and held.services.get(service) for held in self._neighbours.of(site, name)
+        ):
+            link = self._neighbours.link(site, name)
+            if link is not None:
+                return (link.session,)
         if registered is None or not registered.services.get(service):
             return ()
         return tuple(link.session for link in registered.links)
@@ -384,18 +453,19 @@ class Tunnels:
     ) -> TunnelStream:
         """A stream on the least loaded tunnel of the gateway. Raises NoGateway, StreamRefused."""
         registered = self._sites.get(site, {}).get(gateway)
-        links = registered.usable() if registered is not None else []
-        if not links:
-            raise NoGateway(f"gateway {gateway} of site {site} is not connected")
         refused: StreamRefused | None = None
-        for link in links:
+        for link in registered.usable() if registered is not None else ():
             if link.session.retiring:
                 self._ask_to_leave(link)
             try:
                 return link.open(service, head, fin=fin, body=body)
             except StreamRefused as exc:
                 refused = exc
-        assert refused is not None
+        peer = self._neighbours.link(site, gateway) if self._neighbours is not None else None
+        if peer is not None:
+            return peer.open(service, head, fin=fin, body=body)
+        if refused is None:
+            raise NoGateway(f"gateway {gateway} of site {site} is not connected")
         raise refused
 
     def _ask_to_leave(self, link: EdgeLink) -> None:
@@ -405,21 +475,76 @@ class Tunnels:
 
     def status(self) -> list[GatewayStatus]:
         """Every connected gateway."""
-        return [
-            GatewayStatus(
-                site=registered.site,
-                name=registered.name,
-                tunnels=len(registered.links),
-                rtt=registered.rtt,
-                services=dict(registered.services),
-                since=registered.since,
-                streams=registered.streams,
-                software=registered.links[0].peer.software if registered.links[0].peer else "",
-                remote=registered.links[0].remote,
-            )
-            for gateways in self._sites.values()
-            for registered in gateways.values()
-        ]
+        holders: dict[tuple[str, str], list[Held]] = {(held.site, held.name): [held] for held in self.held()}
+        if self._neighbours is not None:
+            for site, name in self._neighbours.all:
+                holders.setdefault((site, name), []).extend(self._neighbours.of(site, name))
+        return [GatewayStatus(**status_of(held)) for held in holders.values()]
+
+    # ── among several workers ────────────────────────────────────────────────────────────────────────────────────
+
+    def held(self) -> list[Held]:
+        """What this worker holds itself."""
+        return [registered.held() for gateways in self._sites.values() for registered in gateways.values()]
+
+    def ways(self, site: str, name: str) -> list[Session]:
+        """Sessions of this worker's own tunnels to the gateway that take streams, best first."""
+        registered = self._sites.get(site, {}).get(name)
+        return [] if registered is None else [link.session for link in registered.usable()]
+
+    def held_elsewhere(self) -> bool:
+        """Whether other workers have tunnels, which are to stay, to every gateway that has one here."""
+        return all(
+            any(held.usable and not held.leaving for held in self._elsewhere(site, name))
+            for site, gateways in self._sites.items()
+            for name in gateways
+        )
+
+    async def another_way(self, site: str, name: str) -> Session | None:
+        """For a stream of another worker: a tunnel that has just come, here or elsewhere. None when there is no news of
+        one."""
+        until = time.monotonic() + NEWS_SECONDS
+        while True:
+            ways = self.ways(site, name)
+            link = self._neighbours.link(site, name) if not ways and self._neighbours is not None else None
+            if ways:
+                return ways[0]
+            if link is not None:
+                return link.session
+            if not await self.news(until - time.monotonic()):
+                return None
+
+    async def news(self, seconds: float) -> bool:
+        """Whether a tunnel came or went, here or at another worker, within so many seconds. Without other workers there
+        is nothing that one could hear late."""
+        if self._neighbours is None:
+            return False
+        came: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def changed() -> None:
+            if not came.done():
+                came.set_result(None)
+
+        self.on_change.add(changed)
+        try:
+            return bool((await asyncio.wait((came,), timeout=seconds))[0])
+        finally:
+            self.on_change.discard(changed)
+
+    def _neighbours_changed(self) -> None:
+        """A newer process of a gateway evicts the older one's tunnels, whichever workers hold them."""
+        for site, gateways in list(self._sites.items()):
+            for name, current in list(gateways.items()):
+                for held in self._elsewhere(site, name):
+                    if (
+                        (held.epoch > current.epoch)
+                        if held.key == current.key
+                        else held.since > current.since
+                    ):
+                        for link in current.links[:]:
+                            link.finish(ErrorCode.REPLACED, "a newer process of this gateway has connected")
+                        break
+        self._changed()
 
     @property
     def streams(self) -> int:
@@ -443,6 +568,8 @@ class Tunnels:
         streams were live on them."""
         for link in [link for link, who in self._judged.items() if who == (site, name)]:
             link.finish(ErrorCode.AUTH_FAILED, "the gateway was removed")
+        if self._neighbours is not None:
+            self._neighbours.disconnect(site, name)
         registered = self._sites.get(site, {}).get(name)
         if registered is None:
             return 0
@@ -457,6 +584,7 @@ class Tunnels:
         for link in self._links:
             if link.ready:
                 self._ask_to_leave(link)
+        self._changed()
 
     async def drain(self, seconds: float) -> None:
         """Have gateways leave, let live streams end for at most `seconds`, close."""
@@ -470,6 +598,8 @@ class Tunnels:
         self._closing = True
         for link in list(self._links):
             link.finish(ErrorCode.DRAINING, "this edge is going down")
+        if self._neighbours is not None:
+            self._neighbours.close()
         if self._touch_timer is not None:
             self._touch_timer.cancel()
             self._touch_timer = None

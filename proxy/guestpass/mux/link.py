@@ -338,8 +338,9 @@ class Link(Wire, asyncio.BufferedProtocol):
         until = time.monotonic() + seconds
         if self.end is None and self.ready:
             self.session.goaway(ErrorCode.DRAINING, LAST_STREAM_ID)
-            # One round trip: what the other end opened before it heard of this is on its way.
-            await self._ended_within(min(self.session.rtt or DRAIN_POLL, seconds))
+            # One round trip, and what two busy processes add to it: what the other end opened before it heard of this
+            # is on its way.
+            await self._ended_within(min(max(self.session.rtt or 0.0, DRAIN_POLL), seconds))
             if self.end is None:
                 self.session.goaway(ErrorCode.DRAINING, self.session.last_stream)
             while self.end is None and self.session.streams and time.monotonic() < until:

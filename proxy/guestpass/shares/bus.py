@@ -1,21 +1,22 @@
 """Revocations from where they are decided to whoever holds grants or tunnels, with acknowledgements.
 
-In this process only: handlers are plain functions that have ended what they end when they return, so that a
-revocation is over when `publish` returns. A bus between several edges keeps this interface.
+Handlers have ended what they end when they return, or, those of other processes, when what they return has been
+awaited; so a revocation is over when `publish` returns. A bus between several edges keeps this interface.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from guestpass.errors import GuestpassError
 from guestpass.model import Revocation, Revoked
 
 log = logging.getLogger("guestpass.bus")
 
-Handler = Callable[[Revocation], Revoked]
+Handler = Callable[[Revocation], Revoked | Awaitable[Revoked]]
 
 
 class RevocationIncomplete(GuestpassError):
@@ -47,15 +48,30 @@ class Bus:
         """
         started = time.perf_counter()
         sessions = streams = failures = 0
+        pending: list[Awaitable[Revoked]] = []
+
+        def failed(exc: BaseException) -> None:
+            nonlocal failures
+            failures += 1
+            log.error("a handler failed on a revocation (%s)", revocation.reason, exc_info=exc)
+
         for handler in tuple(self._handlers):
             try:
                 done = handler(revocation)
-            except Exception:
-                failures += 1
-                log.exception("a handler failed on a revocation (%s)", revocation.reason)
-            else:
+            except Exception as exc:
+                failed(exc)
+                continue
+            if isinstance(done, Revoked):
                 sessions += done.sessions
                 streams += done.streams
+            else:
+                pending.append(done)
+        for late in await asyncio.gather(*pending, return_exceptions=True):
+            if isinstance(late, BaseException):
+                failed(late)
+            else:
+                sessions += late.sessions
+                streams += late.streams
         if failures:
             raise RevocationIncomplete(
                 f"the revocation ({revocation.reason}) is stored, but not every stream is known to be closed",

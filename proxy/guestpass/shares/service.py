@@ -79,6 +79,9 @@ MAX_JOIN_TOKEN_SECONDS = 3600.0
 # A hand-over code lives for one redirect.
 MAX_HANDOVER_SECONDS = 60.0
 
+# Where what is remembered of proofs is stored: no plugin has such a name.
+PROOFS = "/proofs"
+
 # When sessions and gateways were last seen is written this often, all together.
 SEEN_SECONDS = 60.0
 
@@ -178,7 +181,7 @@ class ShareService:
         self._gateways_seen: dict[tuple[str, str], float] = {}
         self._seen_timer: asyncio.TimerHandle | None = None
         self._swept = 0.0
-        self.proofs = Proofs(self.storage("/proofs"), now)
+        self.proofs = Proofs(self.storage(PROOFS), now)
 
     async def close(self) -> None:
         """Finish what is under way and write what is held back. Before the store is closed."""
