@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -111,6 +112,10 @@ REFUSALS = (
         failed("5xx"),
     ),
 )
+
+
+# What `[limits]` refuse stands in the log once a second.
+LIMITED = {"large head"}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
