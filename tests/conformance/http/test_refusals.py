@@ -125,6 +125,8 @@ def test_refusals(world: World, refusal: Refusal, lane: str, scheme: str) -> Non
     it = world.lanes[lane]
     name, labels = refusal.metric
     before = it.metric(name, **labels)
+    if refusal.name in LIMITED:
+        time.sleep(1.1)
     (answer,) = it.ask(scheme, refusal.make(it))
     assert answer.status == refusal.status
     assert answer.get("Content-Type") == "text/plain; charset=utf-8"
