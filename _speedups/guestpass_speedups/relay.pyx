@@ -859,7 +859,7 @@ cdef class FastStream(Stream):
         if bodiless:
             self.expected = 0
         if self.expected >= 0:
-            self.body_size = <uint64_t> self.expected
+            self.expects(<uint64_t> self.expected)
         self.keep_alive = keep_alive
         lane.head_for = connection
         lane.head_size = written

@@ -93,6 +93,7 @@ cdef class Budget:
     cdef readonly uint64_t promised
 
     cdef bint take_floor(self, uint64_t size) noexcept
+    cdef bint take_start(self, uint64_t size) noexcept
     cdef bint take_growth(self, uint64_t size) noexcept
     cdef void give_back(self, uint64_t size) noexcept
 
@@ -145,7 +146,7 @@ cdef class Stream:
     cdef uint64_t window_
     cdef uint64_t promised          # `window_` until FIN, then what is unconsumed; 0 after a reset
     cdef uint64_t credit_due        # `consumed_` at which CREDIT is due; 0 when no more will be given
-    cdef uint64_t body_size         # what the peer will send in all, if its owner knows; NEVER: it does not
+    cdef uint64_t body_size         # what the peer will send in all (`expects`); NEVER: nobody knows
     cdef uint64_t epoch_offset
     cdef double epoch_started
 
@@ -169,6 +170,7 @@ cdef class Stream:
     cdef bint send_bytes(self, bytes data, bint fin) except -1      # as `send`: kept, not copied
     cdef bint send_raw(self, const unsigned char *data, Py_ssize_t size, bint fin) except -1
     cdef int consumed(self, uint64_t size) except -1
+    cdef int expects(self, uint64_t size) except -1
     cdef int abandon(self, uint32_t code) except -1
     cdef int work_ended(self) except -1
 

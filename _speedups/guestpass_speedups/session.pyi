@@ -95,6 +95,7 @@ class Stream:
     #   On a stream that was reset or whose tunnel is gone: dropped, False. RuntimeError after FIN, or before the gateway's final head.
     def send_trailers(self, trailers: bytes) -> None: ...  # ends this direction
     def consume(self, size: int) -> None: ...
+    def expect(self, size: int) -> None: ...
     #   `size` more bytes were handed on *and* drained from the local transport: credit may be given again. Call it after FIN, and
     #   after `stream_closed`, too: the budget stays promised until then (or until the Stream is freed). ValueError beyond what was received.
     def reset(self, code: int) -> None: ...  # idempotent; drops what is queued; no callback but `stream_closed` follows
@@ -154,6 +155,7 @@ class StreamRefused(Exception):
     def __init__(self, code: int, reason: str) -> None: ...
 
 FLOOR: int  # 32 KiB
+START_WINDOW: int
 MAX_WINDOW: int  # 16 MiB
 MAX_STREAMS: int  # 16384
 HIGH_WATER: int

@@ -322,7 +322,7 @@ cdef class UpstreamStream(Stream):
         self.to_head = request.method_id == M_HEAD
         self.left = <int64_t> request.content_length if fields.present >> F_CONTENT_LENGTH & 1 else -1
         if self.left >= 0:
-            self.body_size = <uint64_t> self.left
+            self.expects(<uint64_t> self.left)
         self.request_sent = fin
         self.chunked = not fin and not self.upgrade and self.left < 0
         self.safe = (fin or self.upgrade) and request.method_id in (M_GET, M_HEAD, M_OPTIONS, M_PUT, M_DELETE)

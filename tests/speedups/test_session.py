@@ -40,6 +40,7 @@ from guestpass_speedups.session import (
     LOW_WATER,
     MAX_STREAMS,
     MAX_WINDOW,
+    START_WINDOW,
     Budget,
     ErrorCode,
     Session,
@@ -916,6 +917,53 @@ def test_windows_double_while_they_limit_the_stream() -> None:
     assert rates[9:] == [MAX_WINDOW] * 5
     assert link.stream.window == MAX_WINDOW
     assert link.both.edge_budget.promised == MAX_WINDOW
+
+
+@pytest.mark.parametrize(
+    ("size", "window"),
+    [
+        (FLOOR, FLOOR),
+        (FLOOR + 1, 2 * FLOOR),  # growth by a byte would be a glitch
+        (100_000, 4 * FLOOR),
+        (START_WINDOW + 1, START_WINDOW),
+        (2**63 - 1, START_WINDOW),
+    ],
+)
+def test_a_body_of_known_size_has_its_window_at_once(size: int, window: int) -> None:
+    link = Link(0.1)
+    link.handler.auto = False
+    while link.gateway.queued < 2 << 20:
+        link.gateway.send(bytes(1 << 20))
+    assert link.turn(consume_after=1.0) == FLOOR  # too slow for its window to double
+    link.stream.expect(size)
+    assert link.stream.window == link.both.edge_budget.promised == window
+    assert link.turn() == window
+    assert link.both.gateway.session.stats()["glitches"] == 0
+
+
+def test_windows_for_known_sizes_leave_most_of_the_budget() -> None:
+    link = Link(0.1)
+    link.both.edge_budget.limit = 4 * (FLOOR + 4 * FLOOR)
+    link.stream.expect(5 * FLOOR)
+    assert link.stream.window == 5 * FLOOR
+    another, _ = link.both.open()
+    another.expect(2 * FLOOR)
+    assert another.window == FLOOR
+
+
+def test_the_window_for_a_known_size_is_given_back() -> None:
+    link = Link(0.1)
+    link.stream.expect(START_WINDOW)
+    link.gateway.send(b"less than promised", fin=True)
+    link.turn()
+    assert link.both.edge_budget.promised == 0
+    another, _ = link.both.open()
+    another.expect(START_WINDOW)
+    another.reset(ErrorCode.CANCEL)
+    another.expect(2 * START_WINDOW)
+    assert link.both.edge_budget.promised == 0
+    with pytest.raises(ValueError, match="negative"):
+        another.expect(-1)
 
 
 def test_windows_do_not_grow_for_a_slow_reader() -> None:

@@ -634,6 +634,8 @@ class Relay:
         await _write(request, h.response_head(head, framing, keep_alive=keep_alive, http11=http11))
 
         expected = 0 if bodiless else length
+        if expected:
+            stream.expect(expected)
         counted = 0
         while not fin:
             data = await self._read(stream)

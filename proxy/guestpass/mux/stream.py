@@ -171,6 +171,11 @@ class TunnelStream:
         if self._reset_code is not None:
             raise StreamReset(self._reset_code)
 
+    def expect(self, size: int) -> None:
+        """The peer's body will have `size` bytes, by its head: its window may open at once."""
+        if self._reset_code is None:
+            self._raw.expect(size)
+
     def send_head(self, head: bytes, *, interim: bool = False, fin: bool = False) -> None:
         """Gateway: the response head. Raises StreamReset."""
         if self._reset_code is not None:
