@@ -8,6 +8,7 @@ role everywhere (nginx: one worker), so that no topology has more workers than a
 |---|---|
 | guestpass | edge → TLS tunnel → gateway |
 | guestpass-slow | the same with `fast_lane = false` |
+| guestpass-log | the same with an access log |
 | nginx | nginx, no TLS |
 | nginx-tls | nginx → TLS, kept alive → nginx: the topology of ours |
 | haproxy | haproxy, no TLS |
@@ -359,8 +360,8 @@ def guestpass_command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-P", "-m", "guestpass", *map(str, arguments)]
 
 
-def edge_config(lab: Lab, folder: Path, *, fast_lane: bool, tls: bool) -> dict[str, Any]:
-    """An `edge.toml` in `folder`; returns its ports."""
+def edge_config(lab: Lab, folder: Path, *, fast_lane: bool, tls: bool, log: bool = False) -> dict[str, Any]:
+    """An `edge.toml` in `folder`; returns its ports. `log`: with an access log."""
     _, certificate, key = lab.certificates()
     port, tunnel, admin = free_port(), free_port(), free_port()
     # Visitors over TLS come to the listener of the tunnels; the plain one serves the API in either case.
@@ -376,6 +377,7 @@ share_domain = "{domain}"
 tls = {{ cert = "{certificate}", key = "{key}" }}
 fast_lane = {str(fast_lane).lower()}
 drain_seconds = 0
+{f'access_log = "{folder}/access.log"' if log else ""}
 
 # Everything comes from one address and one session.
 [limits]
@@ -393,13 +395,14 @@ def guestpass(
     tls: bool = False,
     *,
     fast_lane: bool = True,
+    log: bool = False,
     name: str = "guestpass",
     edge_command: Callable[[Path], list[str]] | None = None,
 ) -> Target:
     """An edge and one gateway with the tunnels of its default configuration; two shares, a bearer token each."""
     folder = lab.folder / f"{name}{'-visitors-tls' if tls else ''}-{free_port()}"
     folder.mkdir()
-    ports = edge_config(lab, folder, fast_lane=fast_lane, tls=tls)
+    ports = edge_config(lab, folder, fast_lane=fast_lane, tls=tls, log=log)
     edge, ready = start_edge(lab, ports["config"], edge_command)
     api = Api(ports["port"], Path(ready["api_key_file"]).read_text().strip())
     gateway = start_gateway(lab, folder, api, ports)
@@ -476,6 +479,10 @@ def guestpass_slow(lab: Lab, tls: bool = False) -> Target:
     return guestpass(lab, tls, fast_lane=False, name="guestpass-slow")
 
 
+def guestpass_log(lab: Lab, tls: bool = False) -> Target:
+    return guestpass(lab, tls, log=True, name="guestpass-log")
+
+
 def direct(lab: Lab, tls: bool = False) -> Target:
     if tls:
         raise ValueError("the application has no TLS")
@@ -485,6 +492,7 @@ def direct(lab: Lab, tls: bool = False) -> Target:
 TARGETS: dict[str, Callable[..., Target]] = {
     "guestpass": guestpass,
     "guestpass-slow": guestpass_slow,
+    "guestpass-log": guestpass_log,
     "nginx": nginx,
     "nginx-tls": nginx_tls,
     "haproxy": haproxy,
@@ -498,6 +506,7 @@ TARGETS: dict[str, Callable[..., Target]] = {
 LABELS = {
     "guestpass": "Guestpass",
     "guestpass-slow": "Guestpass, fast lane off",
+    "guestpass-log": "Guestpass with an access log",
     "nginx": "nginx, one hop",
     "nginx-tls": "nginx → TLS → nginx",
     "haproxy": "HAProxy, one hop",

@@ -22,7 +22,7 @@ FEW_ROUNDS = 3
 BULK_CONNECTIONS = 8
 
 MAIN = ("guestpass", "nginx-tls", "nginx", "haproxy")
-OTHERS = ("guestpass-slow", "aiohttp", "proxy.py", "ssh")
+OTHERS = ("guestpass-slow", "guestpass-log", "aiohttp", "proxy.py", "ssh")
 
 Table = dict[tuple[str, int], dict[str, Series]]
 
@@ -101,7 +101,7 @@ def throughput_figures(table: Table) -> list[dict[str, Any]]:
         figures.append(against(ours, found["nginx"], target="≥ 1.0" if decided else None))
         figures.append(against(ours, found["haproxy"]))
         targets = {"aiohttp": "≥ 9", "ssh": "≥ 2.5"} if connections == 64 else {}
-        for name in ("aiohttp", "ssh", "proxy.py", "guestpass-slow"):
+        for name in OTHERS:
             figures.append(against(ours, found[name], target=targets.get(name)))
     return figures
 
