@@ -16,6 +16,7 @@ import asyncio
 import builtins
 import hashlib
 import logging
+import sqlite3
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, TypeVar
@@ -507,12 +508,12 @@ class ShareService:
         """
         now = self._now()
 
-        def work(db: Connection) -> tuple[Session, Share] | None:
+        def work(db: sqlite3.Connection) -> tuple[Session, Share] | None:
             session = sessions.by_secret(db, kind, secret_digest)
-            share = None if session is None else shares.get(db, session.share_id)
+            share = None if session is None else shares.find(db, session.share_id)
             return None if session is None or share is None else (session, share)
 
-        found = await self._store.read(work)
+        found = await self._store.find(work)
         if found is None:
             return None
         session, share = found
