@@ -968,7 +968,8 @@ class ShareService:
                 del self._gateways_seen[gateway]
 
     def _as_seen(self, session: Session) -> Session:
-        return replace(session, last_seen=max(session.last_seen, self._sessions_seen.get(session.id, 0.0)))
+        seen = self._sessions_seen.get(session.id, 0.0)
+        return session if seen <= session.last_seen else replace(session, last_seen=seen)
 
     def _gateway_as_seen(self, gateway: Gateway) -> Gateway:
         return replace(

@@ -19,15 +19,14 @@ Errors of the database are translated here, once: StoreError names the file and 
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import logging
 import os
 import sqlite3
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -40,6 +39,7 @@ from guestpass.errors import StoreError
 from guestpass.model import Revocation
 from guestpass.shares.store import journal
 from guestpass.shares.store.schema import REVISION, VERSION_TABLE
+from guestpass.shares.store.thread import StoreThread
 
 log = logging.getLogger("guestpass.store")
 
@@ -68,7 +68,7 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._courier: Callable[[], None] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="guestpass-store")
+        self._thread = StoreThread()
         self._lock: int | None = None
         self._engine: Engine | None = None
         self._db: Connection | None = None
@@ -84,7 +84,7 @@ class Store:
         revoked in it again. Raises StoreError."""
         store = cls(Path(path))
         try:
-            await asyncio.get_running_loop().run_in_executor(store._thread, store._open, restored)
+            await store._thread.run(partial(store._open, restored))
         except BaseException:
             await store.close()
             raise
@@ -95,8 +95,8 @@ class Store:
         if self._closed:
             return
         self._closed = True
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
-        self._thread.shutdown(wait=False)
+        await self._thread.run(self._close)
+        self._thread.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -119,9 +119,7 @@ class Store:
 
         Raises StoreError: then what was revoked is, but a backup from before could bring it back unnoticed.
         """
-        await asyncio.get_running_loop().run_in_executor(
-            self._thread, self._remember, tuple(revocations), at, limits
-        )
+        await self._thread.run(partial(self._remember, tuple(revocations), at, limits))
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """Run `work`, which only reads, on one consistent state. Raises StoreError."""
@@ -129,7 +127,7 @@ class Store:
 
     async def find(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """As `read`, with the driver's own connection. Raises StoreError."""
-        return await self._in_thread(self._find, work)
+        return await self._in_thread(partial(self._find, work))
 
     def on_mail(self, courier: Callable[[], None] | None) -> None:
         """Whom `wake_courier` calls."""
@@ -141,14 +139,14 @@ class Store:
             self._courier()
 
     async def _submit(self, begin: str, work: Callable[[Connection], T]) -> T:
-        return await self._in_thread(self._run, begin, work)
+        return await self._in_thread(partial(self._run, begin, work))
 
-    async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
+    async def _in_thread(self, call: Callable[[], T]) -> T:
         if self._closed:
             raise StoreError(
                 f"{self.path}: the store is closed", hint="The edge is shutting down: try again later."
             )
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
+        return await self._thread.run(call)
 
     # ── In the store's thread ────────────────────────────────────────────────────────────────────────────────────
 
