@@ -1497,7 +1497,7 @@ cdef class Connection:
     @final
     cdef bint _ask(self, const uint8_t *data, Span secret, Span host) except -1:
         """Whether admission is asked about a cookie that the fast lane does not know. The request waits meanwhile, not
-        consumed; `admitted` goes on. Whom a trusted proxy speaks for, and what that one may have, is aiohttp's affair."""
+        consumed; `admitted` goes on. Whom a trusted proxy speaks for, and what that one may have, aiohttp finds out."""
         cdef Lane lane = self.lane
         if self.trusted if self.named else self.trusts():
             return False
