@@ -217,8 +217,11 @@ class Admission(Desk):
                 hint="Start a gateway, or see why it does not connect: guestpass gateway list.",
             )
         names = [candidate.name for candidate in candidates]
-        if self._agree is not None and (agreed := await self._agree(session.id, names, None)) is not None:
-            return agreed
+        # Of one candidate there is nothing to agree on but that it is this one: the question below does that.
+        if self._agree is not None and len(names) > 1:
+            agreed = await self._agree(session.id, names, None)
+            if agreed is not None:
+                return agreed
         chosen = (await self._plugins.choose(Choice(share, session, candidates))).name
         return chosen if self._agree is None else await self._agree(session.id, names, chosen) or chosen
 
