@@ -15,7 +15,8 @@ strict scanner (http1.pyx) before anything else sees it. A request then takes on
 beyond HELD_MAX: so answers leave in order whatever lanes they took. The next request waits until what was written has
 drained below the transport's low-water mark, or whoever asks without reading would fill the memory.
 
-**Phases.** HEAD: a request head is awaited. FAST, SLOW: under way. OPAQUE, SLOW_OPAQUE: after 101. LINGER: answered
+**Phases.** HEAD: a request head is awaited. ADMISSION: one is there, with a cookie that is not known here; admission was
+asked, and when it has answered the head is scanned again and takes its way. FAST, SLOW: under way. OPAQUE, SLOW_OPAQUE: after 101. LINGER: answered
 before the request had ended; what still comes is thrown away for a moment, so that the answer is not destroyed by a
 reset. GONE: nothing is read or written any more.
 
@@ -170,6 +171,7 @@ HELD_LIMIT = HELD_MAX
 cdef enum:      # phases
     P_NEW
     P_HEAD
+    P_ADMISSION
     P_FAST
     P_OPAQUE
     P_SLOW
@@ -177,7 +179,7 @@ cdef enum:      # phases
     P_LINGER
     P_GONE
 
-PHASES = ("NEW", "HEAD", "FAST", "OPAQUE", "SLOW", "SLOW_OPAQUE", "LINGER", "GONE")
+PHASES = ("NEW", "HEAD", "ADMISSION", "FAST", "OPAQUE", "SLOW", "SLOW_OPAQUE", "LINGER", "GONE")
 
 cdef enum:      # what a connection waits for
     T_NONE
@@ -993,6 +995,9 @@ cdef class Connection:
     cdef uint64_t left
     cdef uint64_t received          # of the body
     cdef Chunked chunked
+    cdef bint asked                 # admission was asked about its cookie
+    cdef double asked_at
+    cdef bytes asking               # its line in the access log, while admission is asked
     cdef bint reframed              # the handler is given chunks of our own
     cdef bint slow_answered
 
@@ -1100,6 +1105,8 @@ cdef class Connection:
         self._drop_stream(CANCEL)
         if self.paused:
             self._watch()                   # the transport closes when its buffer is empty
+        if self.phase == P_ADMISSION:
+            self._gone()
         if self.phase != P_SLOW_OPAQUE and self.phase != P_SLOW:
             self.phase = P_GONE
         return None
@@ -1259,7 +1266,11 @@ cdef class Connection:
             self._over("body_bytes", data, n, None)
             return n
         if lane.fast and self._fast(data, n, size):
+            if self.phase == P_ADMISSION:
+                return 0            # it is looked at once more
+            self.asked = False
             return n
+        self.asked = False
         self._slow(PyBytes_FromStringAndSize(<const char *> data, n), REQUEST.upgrade == UPGRADE_WEBSOCKET)
         return n
 
@@ -1388,7 +1399,8 @@ cdef class Connection:
 
     @final
     cdef bint _fast(self, const uint8_t *data, Py_ssize_t n, Py_ssize_t size) except -1:
-        """Opens a stream for the request in REQUEST, if it may be one of the fast lane's; else nothing has happened."""
+        """Opens a stream for the request in REQUEST, if it may be one of the fast lane's, or asks admission about its
+        cookie; else nothing has happened."""
         cdef Lane lane = self.lane
         cdef Fields *fields = &REQUEST.fields
         cdef Entry entry
@@ -1412,10 +1424,10 @@ cdef class Connection:
             cookie = False
         elif find_cookie(data, fields, SESSION_COOKIE, 16, &secret) != 1:
             return False
+        host = fields.field[fields.first[F_HOST]].value
         entry = self._entry(data, secret, cookie)
         if entry is None:
-            return False
-        host = fields.field[fields.first[F_HOST]].value
+            return cookie and not self.asked and self._ask(data, secret, host)
         if not span_equals(data, host, PyBytes_AS_STRING(entry.host), PyBytes_GET_SIZE(entry.host)):
             return False
         now = lane.now + lane.wall_offset
@@ -1461,7 +1473,7 @@ cdef class Connection:
             return False
         for bucket in entry.buckets:
             (<Bucket> bucket).level -= 1.0
-        stream.started = lane.now
+        stream.started = self.asked_at if self.asked else lane.now
         stream.service = entry.service
         stream.grant_ = entry.grant
         if lane.logging:
@@ -1481,6 +1493,42 @@ cdef class Connection:
         if REQUEST.expect_continue and self.framing != BODY_NONE and n == size:
             self._hand(CONTINUE)
         return True
+
+    @final
+    cdef bint _ask(self, const uint8_t *data, Span secret, Span host) except -1:
+        """Whether admission is asked about a cookie that the fast lane does not know. The request waits meanwhile, not
+        consumed; `admitted` goes on. Whom a trusted proxy speaks for, and what that one may have, aiohttp finds out."""
+        cdef Lane lane = self.lane
+        if self.trusted if self.named else self.trusts():
+            return False
+        share = lane.admit(
+            self, PyBytes_FromStringAndSize(<const char *> data + host.at, host.size).decode("latin-1"),
+            PyBytes_FromStringAndSize(<const char *> data + secret.at, secret.size).decode("latin-1"))
+        if share is None:
+            return False
+        self._wait(T_NONE)
+        self.phase = P_ADMISSION
+        self.asked_at = lane.now
+        if lane.logging:
+            self.asking = lane._begun(
+                lane.stranger(share), b"fast", self.address.encode("ascii", "replace"),
+                data + REQUEST.method.at, REQUEST.method.size, data + REQUEST.target.at, REQUEST.target.size)
+        return True
+
+    def admitted(self):
+        """Admission has answered: the request that waits is looked at again, by what the grant table has now."""
+        if self.phase != P_ADMISSION:
+            return
+        self.asking = None
+        self.asked = True
+        self.phase = P_HEAD
+        self.lane._check()
+        self.lane.now = monotonic()
+        try:
+            self._go_on()
+        except Exception:               # nobody else would ever look at it
+            self._cut(CANCEL)
+            raise
 
     @final
     cdef bint _over(self, str limit, const uint8_t *data, Py_ssize_t n, Entry entry) except -1:
@@ -1901,6 +1949,10 @@ cdef class Connection:
 
     @final
     cdef int _gone(self) except -1:
+        if self.asking is not None:
+            self.lane.now = monotonic()
+            self.lane._ended(self.asking, VISITOR_WENT, 0, 0, self.lane.now - self.asked_at, False)
+            self.asking = None
         self._wait(T_NONE)
         self.phase = P_GONE
         self.queue = None

@@ -222,6 +222,17 @@ def test_idle_grants_are_swept_and_busy_ones_stay(clock: Clock, table: GrantTabl
     assert find(table, busy) is busy
 
 
+def test_sessions_of_a_share_have_it_in_common(table: GrantTable) -> None:
+    """Its recipients may be a hundred. But not as it was, or will be, for others."""
+    one, two, other = make(1), make(2), make(3, share="s2")
+    changed = make(4)
+    changed.share = dataclasses.replace(one.share, name="new")
+    for grant in (one, two, other, changed):
+        assert table.add(grant, table.generation)
+    assert one.share is two.share
+    assert (other.share.id, changed.share.name) == ("s2", "new")
+
+
 def test_counts(clock: Clock, table: GrantTable) -> None:
     for n in range(3):
         with_stream(table, make(n))

@@ -10,7 +10,7 @@ import pytest
 from support.people import ALICE, BOB, plugin
 
 from guestpass.model import Candidate, Identity, Recipient, Session, SessionKind, Share
-from guestpass.plugin import Choice, Client, Denied, RequestContext
+from guestpass.plugin import Choice, Client, Denied, RequestContext, settled
 from guestpass_plugins.authenticate.bearer_token import BearerToken
 from guestpass_plugins.choose.random import Random
 from guestpass_plugins.revoke.share_state import ShareState
@@ -45,7 +45,7 @@ async def reason(
     revoker = plugin(ShareState, "share-state")
     assert isinstance(revoker, ShareState)
     revoker.host = Host([session, *others])  # type: ignore[assignment]
-    found = await revoker.check(share, session)
+    found = await settled(revoker.check(share, session))
     return None if found is None else found.reason
 
 

@@ -117,7 +117,7 @@ class Stack:
         return received
 
     async def warm(self, share_id: str, secret: str, kind: SessionKind = SessionKind.TOKEN) -> None:
-        """Have the edge meet a secret: its first request is always aiohttp's. The application is not asked."""
+        """Have the edge meet a secret: a token's first request is always aiohttp's. The application is not asked."""
         request = make_mocked_request("GET", "/", headers={"Authorization": f"Bearer {secret}"})
         request[CLIENT] = Client("127.0.0.1")
         grant = await self.edge.admission.restore(share_id, kind, secret, request)

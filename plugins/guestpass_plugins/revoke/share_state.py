@@ -3,7 +3,7 @@ sessions than its owner allowed. Always on."""
 
 from __future__ import annotations
 
-from guestpass.plugin import Revocation, Revoker, Session, SessionKind, Share
+from guestpass.plugin import Answer, Revocation, Revoker, Session, SessionKind, Share
 
 __all__ = ["ShareState"]
 
@@ -15,7 +15,8 @@ class ShareState(Revoker):
     """Deleted, expired, recipient removed, session ended or expired, signed in as it does not take any more, too
     many sessions."""
 
-    async def check(self, share: Share, session: Session) -> Revocation | None:
+    def check(self, share: Share, session: Session) -> Answer[Revocation | None]:
+        # Not async: what every first request asks is answered at once, where nothing has to be awaited.
         now = self.host.now()
         if share.deleted is not None:
             return Revocation("deleted", share_id=share.id)
@@ -30,7 +31,10 @@ class ShareState(Revoker):
             return Revocation("session_expired", session_id=session.id)
         if session.kind is SessionKind.COOKIE and not share.takes(session.provider):
             return Revocation("sign_in_not_taken", session_id=session.id)
-        if share.max_sessions is not None and await self._earlier(share, session) >= share.max_sessions:
+        return None if share.max_sessions is None else self._place(share, session, share.max_sessions)
+
+    async def _place(self, share: Share, session: Session, places: int) -> Revocation | None:
+        if await self._earlier(share, session) >= places:
             return Revocation("max_sessions", session_id=session.id)
         return None
 

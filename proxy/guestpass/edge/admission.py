@@ -185,14 +185,20 @@ class Admission(Desk):
 
         Raises Unauthorized, ShareEnded, ShareNotFound, Forbidden, NoGateway, PluginFailed.
         """
+        # Shielded: the visitor who asked first may go away while others wait.
+        return await asyncio.shield(self.restoring(share_id, kind, secret, request))
+
+    def restoring(
+        self, share_id: str, kind: SessionKind, secret: str, request: web.Request | None = None
+    ) -> asyncio.Task[Grant]:
+        """What `restore` waits for. A token needs its request: authenticators look at it."""
         key = (kind, tokens.digest(secret), share_id)
         task = self._restoring.get(key)
         if task is None:
             task = asyncio.create_task(self._restore(*key, request), name=f"restore a grant of {share_id}")
             self._restoring[key] = task
             task.add_done_callback(lambda done: self._restored(key, done))
-        # Shielded: the visitor who asked first may go away while others wait.
-        return await asyncio.shield(task)
+        return task
 
     async def choose_gateway(
         self, share: Share, session: Session, exclude: frozenset[str] = frozenset()
@@ -211,8 +217,11 @@ class Admission(Desk):
                 hint="Start a gateway, or see why it does not connect: guestpass gateway list.",
             )
         names = [candidate.name for candidate in candidates]
-        if self._agree is not None and (agreed := await self._agree(session.id, names, None)) is not None:
-            return agreed
+        # Of one candidate there is nothing to agree on but that it is this one: the question below does that.
+        if self._agree is not None and len(names) > 1:
+            agreed = await self._agree(session.id, names, None)
+            if agreed is not None:
+                return agreed
         chosen = (await self._plugins.choose(Choice(share, session, candidates))).name
         return chosen if self._agree is None else await self._agree(session.id, names, chosen) or chosen
 
@@ -229,7 +238,9 @@ class Admission(Desk):
         if not task.cancelled():
             task.exception()  # whoever waited has it; if nobody does any more, nobody needs it
 
-    async def _restore(self, kind: SessionKind, digest: bytes, share_id: str, request: web.Request) -> Grant:
+    async def _restore(
+        self, kind: SessionKind, digest: bytes, share_id: str, request: web.Request | None
+    ) -> Grant:
         for _ in range(RESTORE_ATTEMPTS):
             generation = self._grants.generation
             session, share = await self._session_of(kind, digest, share_id)
@@ -268,7 +279,8 @@ class Admission(Desk):
             raise Unauthorized("There is no such session.")
         return found[0], found[1]
 
-    async def _bearer(self, request: web.Request, share: Share) -> str:
+    async def _bearer(self, request: web.Request | None, share: Share) -> str:
+        assert request is not None, "a token comes with its request"
         context = RequestContext(
             method=request.method,
             path=request.raw_path,

@@ -222,6 +222,7 @@ class Edge:
         self.refusals = Refusals(config.limits, count=lambda limit: self.metrics.refusals.labels(limit).inc())
         self.lane = FastLane(
             grants=self.grants,
+            admission=self.admission,
             tunnels=self.tunnels,
             signer=self.signer,
             origins=self.origins,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import enum
+import functools
 import importlib
 import inspect
 import io
@@ -60,15 +61,20 @@ def may_cross(found: object) -> bool:
     )
 
 
+@functools.cache  # of names that are refused nothing is kept: it raises
+def _class(module: str, name: str) -> Any:
+    if module == "builtins" and name in BUILTINS:
+        return BUILTINS[name]
+    if module in MODULES and "." not in name:
+        found = getattr(importlib.import_module(module), name, None)
+        if may_cross(found):
+            return found
+    raise pickle.UnpicklingError(f"{module}.{name} does not cross between processes")
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module == "builtins" and name in BUILTINS:
-            return BUILTINS[name]
-        if module in MODULES and "." not in name:
-            found = getattr(importlib.import_module(module), name, None)
-            if may_cross(found):
-                return found
-        raise pickle.UnpicklingError(f"{module}.{name} does not cross between processes")
+        return _class(module, name)
 
 
 def encode(message: tuple[Any, ...]) -> bytes:

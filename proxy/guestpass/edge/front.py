@@ -18,6 +18,7 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from email.utils import formatdate
+from functools import partial
 from ipaddress import IPv4Network, IPv6Network
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,10 +37,11 @@ from guestpass.edge.relay import RETRY_AFTER, STATUS_OF_RESET
 from guestpass.edge.static import NOTHING
 from guestpass.loop import abort_now, acknowledged, resume_reading, unsent
 from guestpass.model import SessionKind
-from guestpass.tokens import BEARER_PREFIX
+from guestpass.tokens import BEARER_PREFIX, digest
 from guestpass_speedups.relay import Client, Connection, Entry, Lane
 
 if TYPE_CHECKING:
+    from guestpass.edge.admission import Admission
     from guestpass.edge.assertion import Signer
     from guestpass.edge.origins import Origins
     from guestpass.edge.pages import Pages
@@ -68,6 +70,8 @@ class Shim(asyncio.Transport):
         """The request asked for one; a 101 makes the rest opaque."""
         self.told = 0
         """The status by which the front answered in the handler's place."""
+        self.refusal: Exception | None = None
+        """What admission said to the request's cookie, if it was asked already."""
 
     def detach(self) -> None:
         """The handler's connection is over."""
@@ -179,7 +183,10 @@ class Asked:
 class Front(Connection, asyncio.BufferedProtocol):
     """The protocol of an accepted connection, from its first byte to its last (or to its tunnel handshake)."""
 
-    __slots__ = ("_handler", "_handler_writes", "_shim", "_spoken_for", "handler_paused", "house", "wrote")
+    __slots__ = (
+        *("_handler", "_handler_writes", "_refusal", "_shim", "_spoken_for"),
+        *("handler_paused", "house", "wrote"),
+    )
 
     def __init__(self, house: House) -> None:
         super().__init__(house.lane)
@@ -187,6 +194,7 @@ class Front(Connection, asyncio.BufferedProtocol):
         self._spoken_for = ""
         self._handler: Any = None
         self._shim: Shim | None = None
+        self._refusal: Exception | None = None
         self._handler_writes = True  # what the handler was told; pause and resume must alternate
         self.handler_paused = False
         self.wrote = False
@@ -208,6 +216,7 @@ class Front(Connection, asyncio.BufferedProtocol):
             self._handler_writes = True
             self._handler.connection_made(shim)
         shim.awaits_upgrade = upgrade
+        shim.refusal = self._refusal
         self.wrote = False
         if not self._may_begin(head):
             return
@@ -344,6 +353,14 @@ class Front(Connection, asyncio.BufferedProtocol):
 
     # ── who ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def answered(self, refusal: Exception | None) -> None:
+        """Admission has, to the cookie of the request that waits. None: there may be a grant; else aiohttp says no."""
+        self._refusal = refusal
+        try:
+            self.admitted()
+        finally:
+            self._refusal = None
+
     @property
     def _peer(self) -> str:
         name = self.transport.get_extra_info("peername")
@@ -438,6 +455,7 @@ class FastLane(Lane):
         self,
         *,
         grants: GrantTable,
+        admission: Admission,
         tunnels: Tunnels,
         signer: Signer,
         origins: Origins,
@@ -458,10 +476,27 @@ class FastLane(Lane):
             fast=fast,
         )
         self._grants = grants
+        self._admission = admission
         self._tunnels = tunnels
         self._signer = signer
         self._origins = origins
         tunnels.on_change.add(self.changed)
+
+    def admit(self, front: Front, host: str, secret: str) -> str | None:
+        """Have admission make the grant of a cookie that the lane does not know; `front.answered` is called when it is
+        there, or refused. Returns the share's id; None: nothing was asked, the relay sees what this is."""
+        share_id = self._origins.share_of(host)
+        if share_id is None or self._grants.get(SessionKind.COOKIE, digest(secret), share_id) is not None:
+            return None
+        task = self._admission.restoring(share_id, SessionKind.COOKIE, secret)
+        task.add_done_callback(partial(self._answered, front, secret))
+        return share_id
+
+    def _answered(self, front: Front, secret: str, task: asyncio.Task[Grant]) -> None:
+        refusal = None if task.cancelled() else task.exception()
+        if not task.cancelled() and refusal is None:
+            self.learn(task.result(), secret)  # if it is still in force
+        front.answered(refusal if isinstance(refusal, Exception) else None)
 
     def learn(self, grant: Grant, secret: str) -> None:
         """The grant was found by this cookie or token: the next time without a digest."""
@@ -500,6 +535,10 @@ class FastLane(Lane):
 
     def who(self, grant: Grant) -> bytes:
         return who(grant.share.id, grant)
+
+    def stranger(self, share_id: str) -> bytes:
+        """As `who`, while nobody is admitted."""
+        return who(share_id, None)
 
     def identity(self, grant: Grant, now: float) -> tuple[bytes, float]:
         return self._signer.fields(grant, now), grant.headers_until

@@ -180,7 +180,7 @@ class GrantTable:
         grant.last_used = self._now()
         grant.load = self._loads.setdefault(grant.share.id, grant.load)
         self._by_digest[(grant.kind, grant.digest)] = grant
-        self._by_share[grant.share.id].add(grant)
+        self._add_to_share(grant)
         self._by_recipient[grant.recipient_id].add(grant)
         self._by_session[grant.session.id] = grant
         self._by_site[grant.site].add(grant)
@@ -188,6 +188,14 @@ class GrantTable:
             self._by_gateway[(grant.site, grant.gateway)].add(grant)
         self._arm(grant)
         return True
+
+    def _add_to_share(self, grant: Grant) -> None:
+        others = self._by_share[grant.share.id]
+        # The store makes a share anew each time, with all of its recipients: one is enough for all of its sessions.
+        known = next((other.share for other in others), None)
+        if known is not None and known == grant.share:
+            grant.share = known
+        others.add(grant)
 
     def move(self, grant: Grant, gateway: str) -> None:
         """Pin the session to another gateway of its site."""

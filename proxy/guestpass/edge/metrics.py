@@ -86,6 +86,7 @@ class Metrics:
         self.plugin_seconds = Histogram(
             "guestpass_plugin_seconds", "Time in a plugin's hook", ("plugin", "hook"), registry=self.registry
         )
+        self._hooks: dict[tuple[str, str], Histogram] = {}
         self.plugin_errors = Counter(
             "guestpass_plugin_errors",
             "Hooks that raised or overran",
@@ -127,7 +128,10 @@ class Metrics:
         self.revocation_seconds.observe(seconds)
 
     def observe_hook(self, plugin: str, hook: str, seconds: float, error: bool) -> None:
-        self.plugin_seconds.labels(plugin, hook).observe(seconds)
+        histogram = self._hooks.get((plugin, hook))
+        if histogram is None:
+            histogram = self._hooks[plugin, hook] = self.plugin_seconds.labels(plugin, hook)
+        histogram.observe(seconds)
         if error:
             self.plugin_errors.labels(plugin, hook).inc()
 

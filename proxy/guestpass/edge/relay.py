@@ -303,7 +303,11 @@ class Relay:
             return await self._admission.challenge(request, share_id)
         grant = self._grants.get(kind, digest(secret), share_id)
         if grant is None:
+            # Of the front's question, if there was one: it asks about cookies only.
+            said: Exception | None = getattr(request.transport, "refusal", None)
             try:
+                if said is not None and kind is SessionKind.COOKIE:
+                    raise said
                 grant = await self._admission.restore(share_id, kind, secret, request)
             except Unauthorized:
                 if token:

@@ -16,6 +16,7 @@ import asyncio
 import builtins
 import hashlib
 import logging
+import sqlite3
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, TypeVar
@@ -507,12 +508,12 @@ class ShareService:
         """
         now = self._now()
 
-        def work(db: Connection) -> tuple[Session, Share] | None:
+        def work(db: sqlite3.Connection) -> tuple[Session, Share] | None:
             session = sessions.by_secret(db, kind, secret_digest)
-            share = None if session is None else shares.get(db, session.share_id)
+            share = None if session is None else shares.find(db, session.share_id)
             return None if session is None or share is None else (session, share)
 
-        found = await self._store.read(work)
+        found = await self._store.find(work)
         if found is None:
             return None
         session, share = found
@@ -967,7 +968,8 @@ class ShareService:
                 del self._gateways_seen[gateway]
 
     def _as_seen(self, session: Session) -> Session:
-        return replace(session, last_seen=max(session.last_seen, self._sessions_seen.get(session.id, 0.0)))
+        seen = self._sessions_seen.get(session.id, 0.0)
+        return session if seen <= session.last_seen else replace(session, last_seen=seen)
 
     def _gateway_as_seen(self, gateway: Gateway) -> Gateway:
         return replace(

@@ -9,6 +9,8 @@ How it works:
   SQLite's own locks except for a program that looks into the file from outside (a backup, `sqlite3`).
 * What `write` has returned from is on disk: rollback journal with synchronous=EXTRA. (FULL does not sync the folder
   after the journal is deleted, so a power cut could bring the journal back and undo an acknowledged commit.)
+* `find(work)` is `read` without SQLAlchemy, for what a visitor's first request waits for: there it takes several times
+  as long as SQLite. Statements for it are made with SQLAlchemy, once, by `rows.Finder`.
 * `write(work, revoking=True)` is for what takes something away, and `remember` for what that was: see `journal`.
 * `secure_delete` overwrites what is deleted: mail that waits holds links.
 
@@ -17,14 +19,14 @@ Errors of the database are translated here, once: StoreError names the file and 
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import logging
 import os
+import sqlite3
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -37,6 +39,7 @@ from guestpass.errors import StoreError
 from guestpass.model import Revocation
 from guestpass.shares.store import journal
 from guestpass.shares.store.schema import REVISION, VERSION_TABLE
+from guestpass.shares.store.thread import StoreThread
 
 log = logging.getLogger("guestpass.store")
 
@@ -65,10 +68,11 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._courier: Callable[[], None] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="guestpass-store")
+        self._thread = StoreThread()
         self._lock: int | None = None
         self._engine: Engine | None = None
         self._db: Connection | None = None
+        self._driver: sqlite3.Connection | None = None
         self._journal: journal.Journal | None = None
         self._epoch = 0
         self._begin = "BEGIN"
@@ -80,7 +84,7 @@ class Store:
         revoked in it again. Raises StoreError."""
         store = cls(Path(path))
         try:
-            await asyncio.get_running_loop().run_in_executor(store._thread, store._open, restored)
+            await store._thread.run(partial(store._open, restored))
         except BaseException:
             await store.close()
             raise
@@ -91,8 +95,8 @@ class Store:
         if self._closed:
             return
         self._closed = True
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
-        self._thread.shutdown(wait=False)
+        await self._thread.run(self._close)
+        self._thread.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -115,13 +119,15 @@ class Store:
 
         Raises StoreError: then what was revoked is, but a backup from before could bring it back unnoticed.
         """
-        await asyncio.get_running_loop().run_in_executor(
-            self._thread, self._remember, tuple(revocations), at, limits
-        )
+        await self._thread.run(partial(self._remember, tuple(revocations), at, limits))
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """Run `work`, which only reads, on one consistent state. Raises StoreError."""
         return await self._submit("BEGIN", work)
+
+    async def find(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """As `read`, with the driver's own connection. Raises StoreError."""
+        return await self._in_thread(partial(self._find, work))
 
     def on_mail(self, courier: Callable[[], None] | None) -> None:
         """Whom `wake_courier` calls."""
@@ -133,11 +139,14 @@ class Store:
             self._courier()
 
     async def _submit(self, begin: str, work: Callable[[Connection], T]) -> T:
+        return await self._in_thread(partial(self._run, begin, work))
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
         if self._closed:
             raise StoreError(
                 f"{self.path}: the store is closed", hint="The edge is shutting down: try again later."
             )
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, begin, work)
+        return await self._thread.run(call)
 
     # ── In the store's thread ────────────────────────────────────────────────────────────────────────────────────
 
@@ -147,6 +156,17 @@ class Store:
         self._begin = begin
         with self._translated(), self._db.begin():
             return work(self._db)
+
+    def _find(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        if self._driver is None:
+            raise StoreError(f"{self.path}: the store is closed")
+        with self._translated():
+            self._driver.execute("BEGIN")
+            try:
+                return work(self._driver)
+            finally:
+                if self._driver.in_transaction:  # some errors end it
+                    self._driver.execute("COMMIT")
 
     def _revoking(self, work: Callable[[Connection], T]) -> Callable[[Connection], T]:
         def both(db: Connection) -> T:
@@ -193,6 +213,9 @@ class Store:
 
         with self._translated():
             self._db = engine.connect()
+            driver = self._db.connection.driver_connection
+            assert isinstance(driver, sqlite3.Connection)
+            self._driver = driver
             self._begin = "BEGIN IMMEDIATE"
             with self._db.begin():
                 self._migrate(self._db)
@@ -210,7 +233,7 @@ class Store:
             if self._engine is not None:
                 self._engine.dispose()
         finally:
-            self._db = self._engine = None
+            self._db = self._driver = self._engine = None
             if self._journal is not None:
                 self._journal.close()
                 self._journal = None
@@ -298,6 +321,8 @@ class Store:
         except exc.DBAPIError as error:
             said = str(error.orig)
             raise StoreError(f"{self.path}: {said}", hint=self._advice(said)) from error
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path}: {error}", hint=self._advice(str(error))) from error
 
     def _advice(self, said: str) -> str:
         if "locked" in said or "busy" in said:

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import sqlite3
+from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
+import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.engine import Row
 
 from guestpass.model import Delivery, Event, Gateway, Recipient, Scope, Session, SessionKind, Share
 from guestpass.plugin import Message
 
 AnyRow = Row[Any]
+
+
+class Finder:
+    """A SELECT whose text is made once; `Store.find` runs it without SQLAlchemy. Rows have the columns by name."""
+
+    def __init__(self, query: sa.Select[Any], *names: str) -> None:
+        """`names` of its parameters, in the order in which they are given."""
+        compiled = query.compile(dialect=sqlite.dialect())
+        if tuple(compiled.positiontup or ()) != names:
+            raise ValueError(f"the parameters stand in the order {compiled.positiontup}")
+        self._text = str(compiled)
+        self._row: Any = namedtuple("FoundRow", query.selected_columns.keys())  # type: ignore[misc]
+
+    def all(self, db: sqlite3.Connection, *values: Any) -> list[AnyRow]:
+        return [self._row._make(row) for row in db.execute(self._text, values)]
 
 
 @dataclass(frozen=True, slots=True)

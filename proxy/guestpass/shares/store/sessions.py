@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Mapping, Sequence
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from guestpass.model import Session, SessionKind
-from guestpass.shares.store.rows import from_session, to_session
+from guestpass.shares.store.rows import Finder, from_session, to_session
 from guestpass.shares.store.schema import sessions, shares
 
-# Asked at each first visit: SQLAlchemy takes longer to make a statement than SQLite to answer it.
-_BY_SECRET = sa.select(sessions).where(
-    sessions.c.kind == sa.bindparam("kind"), sessions.c.digest == sa.bindparam("digest")
+_BY_SECRET = Finder(
+    sa.select(sessions).where(
+        sessions.c.kind == sa.bindparam("kind"), sessions.c.digest == sa.bindparam("digest")
+    ),
+    *("kind", "digest"),
 )
 
 
@@ -21,9 +24,9 @@ def insert(db: Connection, session: Session, digest: bytes) -> None:
     db.execute(sa.insert(sessions), {**from_session(session), "digest": digest})
 
 
-def by_secret(db: Connection, kind: SessionKind, digest: bytes) -> Session | None:
-    row = db.execute(_BY_SECRET, {"kind": kind, "digest": digest}).first()
-    return None if row is None else to_session(row)
+def by_secret(db: sqlite3.Connection, kind: SessionKind, digest: bytes) -> Session | None:
+    """For `Store.find`."""
+    return next((to_session(row) for row in _BY_SECRET.all(db, kind.value, digest)), None)
 
 
 def get(db: Connection, session_id: str) -> Session | None:

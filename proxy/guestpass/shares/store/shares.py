@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,19 +10,20 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from guestpass.model import Delivery, Recipient, Share
-from guestpass.shares.store.rows import AnyRow, from_recipient, from_share, to_recipient, to_share
+from guestpass.shares.store.rows import AnyRow, Finder, from_recipient, from_share, to_recipient, to_share
 from guestpass.shares.store.schema import links, recipients, shares
 
 # Parameters of one IN (…): SQLite takes 32,766; pages are smaller by far.
 CHUNK = 500
 
-# Asked at each first visit: SQLAlchemy takes longer to make a statement than SQLite to answer it.
 _BY_ID = sa.select(shares).where(shares.c.id == sa.bindparam("share"))
 _RECIPIENTS = (
     sa.select(recipients)
     .where(recipients.c.share_id == sa.bindparam("share"))
     .order_by(recipients.c.position)
 )
+_FIND = Finder(_BY_ID, "share")
+_FIND_RECIPIENTS = Finder(_RECIPIENTS, "share")
 
 
 def insert(db: Connection, share: Share) -> None:
@@ -47,6 +49,11 @@ def exist(db: Connection) -> bool:
 def get(db: Connection, share_id: str) -> Share | None:
     row = db.execute(_BY_ID, {"share": share_id}).first()
     return None if row is None else to_share(row, db.execute(_RECIPIENTS, {"share": share_id}).all())
+
+
+def find(db: sqlite3.Connection, share_id: str) -> Share | None:
+    """`get` for `Store.find`."""
+    return next((to_share(row, _FIND_RECIPIENTS.all(db, share_id)) for row in _FIND.all(db, share_id)), None)
 
 
 def page(
