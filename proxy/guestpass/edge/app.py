@@ -776,6 +776,11 @@ async def work(config: EdgeConfig, seat: Seat) -> None:
         await edge.stop()
 
 
+def _no_workers() -> None:
+    """SIGUSR2 would end this process: the script that sends it may not know how many workers there are."""
+    log.warning("SIGUSR2 replaces workers one after the other, and this edge has one process (edge.workers)")
+
+
 async def serve(
     config: EdgeConfig, *, ready: Callable[[dict[str, Any]], None], restored: bool = False
 ) -> None:
@@ -784,7 +789,7 @@ async def serve(
     edge = Edge(config, restored=restored)
     line = await edge.start()
     try:
-        with Signals(on_reload=edge.reload) as signals:
+        with Signals(on_reload=edge.reload, on_roll=_no_workers) as signals:
             ready(line)
             await signals.stop.wait()
             drained = asyncio.ensure_future(edge.drain())

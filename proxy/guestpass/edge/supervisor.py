@@ -466,9 +466,11 @@ class Supervisor:
     def roll(self) -> None:
         """Replace every worker, one after the other; SIGUSR2. While that is under way, once more after it: whoever asks
         again may have changed the configuration since."""
+        if self._stopping:
+            return
         self._roll_again = True
-        if self._rolling or self._stopping:
-            log.info("the workers are being replaced already; they will be once more")
+        if self._rolling:
+            log.info("the workers are being replaced; they will be once more after that")
             return
         self._rolling = True
         self._task(self._roll(), "roll")
