@@ -149,11 +149,13 @@ async def test_a_reload_reaches_a_worker_that_starts(tmp_path: Path) -> None:
         with there(tmp_path / "hang"):
             await rolls(edge)
             (starting,) = set(edge.pids) - set(edge.facts["workers"])
-            config.write_text(config.read_text().replace(FILTER, FILTER + "closed = true\n"))
+            changed = config.read_text().replace(FILTER, FILTER + "closed = true\n")
+            config.write_text(changed + '[[notify]]\nuse = "outbox"\nfolder = "elsewhere"\n')
             edge.program.process.send_signal(signal.SIGHUP)
         await off(wait_for_log, edge, "reload: the plugins were replaced", 3)
         visit = await off(edge.visit, starting)
         assert (await off(visit.ask))[0] == 403
+        assert "reload: a restart is needed for changes of: notify" in log_of(edge)  # the supervisor's
         await off(wait_for_log, edge, "all workers were replaced")
 
 
@@ -323,6 +325,21 @@ def last_of(visit: Visit) -> bytes:
     with contextlib.suppress(ConnectionResetError):
         return visit.sock.recv(4096)
     return b""
+
+
+async def test_an_observer_that_holds_up_the_supervisor_is_counted(tmp_path: Path) -> None:
+    """Workers wait for the supervisor: after two seconds and a half they would end what they serve."""
+    (tmp_path / "slow.py").write_text(
+        "import time\nfrom guestpass.plugin import Observer\n\n\nclass Slow(Observer):\n"
+        "    async def on_event(self, event):\n"
+        "        if event.type == 'share.created':\n            time.sleep(1)\n"
+    )
+    more = '[[observe]]\nuse = "./slow.py:Slow"\nname = "culprit"\n'
+    async with running(tmp_path, workers=2, more=more) as edge:
+        name = 'guestpass_loop_blocked_total{plugin="culprit"}'
+        await off(wait_until, "it is counted", lambda: edge.metrics().get(name), seconds=20)
+        visit = edge.open()
+        assert (await off(visit.ask))[0] == 200
 
 
 async def test_the_access_log_of_all_workers_on_standard_output(tmp_path: Path) -> None:

@@ -241,6 +241,18 @@ async def test_the_last_counters_of_a_worker_count(supervisor: Played) -> None:
     assert 'guestpass_refused_total{status="400"} 3.0' in text
 
 
+async def test_any_worker_says_how_certificates_stand(supervisor: Played) -> None:
+    supervisor.answers["certificates"] = lambda: {"share.example.com": "served"}
+    supervisor.scripts = [hangs]
+    await supervisor._spawn(0)
+    assert await supervisor._certificates() is None
+    worker = await supervisor._spawn(1)
+    assert await supervisor._certificates() == {"share.example.com": "served"}
+    worker.leaving = True
+    worker.process.kill()
+    assert await supervisor._certificates() is None
+
+
 # ── gateways ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

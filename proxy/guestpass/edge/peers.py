@@ -398,6 +398,7 @@ class Neighbours:
             key = (site, name, worker)
             link = self._links.get(key)
             if link is None or link.session.retiring:
+                self._want(key, False)
                 link = self._links[key] = PeerLink(
                     (site, name),
                     self._paths[worker],

@@ -237,6 +237,7 @@ class Supervisor:
             notify=self.home.courier.enqueue,
             revoke=self.home.bus.publish,
             secret=secret,
+            count_blocked=lambda plugin: self.metrics.loop_blocked.labels(plugin).inc(),
         )
         self._cleanups.append(plugins.stop)
         await self.home.courier.start()
