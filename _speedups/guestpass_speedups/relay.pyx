@@ -150,8 +150,10 @@ cdef enum:
     BUCKETS_MAX = 32
     # Lines of the access log that wait for one write: some 250 of them. At full speed that is a hundredth of a second.
     LOG_ROOM = 65536
-    # Of a path so much is logged; escaped, a byte is six at most. The fixed rest of a line is below 512.
+    # Of a path so much is logged, and so much of it escaped, where a byte is two or six. The fixed rest of a line is
+    # below 512, so a line is below PIPE_BUF: see edge/access_log.py.
     LOG_PATH = 2048
+    LOG_ESCAPED = 2560
 
 cdef double LINGER_SECONDS = 2.0        # answered before the request had ended
 # How soon, and then how often, it is looked whether the visitor has all of an answer, before its connection is closed.
@@ -526,7 +528,7 @@ cdef class Lane:
     cdef bytes _begun(self, bytes who, bytes lane, bytes client, const uint8_t *method, Py_ssize_t method_size,
                       const uint8_t *target, Py_ssize_t target_size):
         """The part of a request's line that is known when it begins."""
-        cdef uint8_t[6 * LOG_PATH] escaped
+        cdef uint8_t[LOG_ESCAPED + 6] escaped
         cdef Py_ssize_t at = 0
         cdef Py_ssize_t index
         cdef bytes line = who + b',"lane":"' + lane + b'","client":"' + client + b'","method":"' + (
@@ -534,7 +536,7 @@ cdef class Lane:
         if not self.log_paths:
             return line
         for index in range(min(target_size, LOG_PATH)):
-            if target[index] == c"?":
+            if target[index] == c"?" or at > LOG_ESCAPED:
                 break
             if target[index] == c'"' or target[index] == c"\\":
                 escaped[at] = c"\\"

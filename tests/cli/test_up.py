@@ -21,6 +21,9 @@ from urllib.parse import urlencode, urljoin, urlsplit
 import psutil
 import pytest
 
+from guestpass import config
+from guestpass.cli.up import MAX_WORKERS
+
 START_SECONDS = 90.0
 
 # The JSON line, which scripts read.
@@ -173,6 +176,28 @@ def test_the_json_line_and_a_clean_end(application):
     assert all(gone(pid) for pid in (*facts["pids"]["edge"], *facts["pids"]["gateways"]))
 
 
+def test_several_workers(application, tmp_path):
+    """Each is a process; visitors notice nothing, and all of them end."""
+    path = tmp_path / "edge.toml"
+    path.write_text("[edge]\nworkers = 3\n")
+    arguments = ("--to", "a@example.org", "--port", "0", "--workers", "2", "--config", str(path))
+    with running(application, *arguments) as up:
+        facts = up.facts()
+        supervisor, *workers = facts["pids"]["edge"]
+        assert len(workers) == 2
+        assert {child.pid for child in psutil.Process(supervisor).children()} == set(workers)
+        for _ in range(4):
+            assert get(f"{facts['origin']}/anything", facts["token"]) == (200, b"hello from /anything")
+        assert b"guestpass_workers 2.0" in get(facts["metrics"])[1]
+        status, out, err = up.end(signal.SIGINT)
+    assert (status, out, err) == (0, "", "")
+    assert all(gone(pid) for pid in (supervisor, *workers, *facts["pids"]["gateways"]))
+
+
+def test_as_many_workers_as_edge_toml_allows():
+    assert MAX_WORKERS == config.MAX_WORKERS
+
+
 def test_only_a_path_is_shared(application):
     with running(application, "--to", "a@example.org", "--port", "0", "--path", "/x", "--only") as up:
         facts = up.facts()
@@ -316,6 +341,7 @@ def test_a_taken_port(guestpass, application):
         (("http://127.0.0.1:1", "--path", "/a/../b", "--to", "a@example.org"), "invalid", 1),
         (("http://127.0.0.1:1", "--to", "alice"), "email_invalid", 1),
         (("http://127.0.0.1:1", "--to", " , "), "usage", 2),
+        (("http://127.0.0.1:1", "--to", "a@example.org", "--workers", "65"), "usage", 2),
         (("http://127.0.0.1:1", "--to", "a@example.org", "--config", "/absent.toml"), "config_invalid", 2),
     ],
 )

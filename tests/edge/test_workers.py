@@ -505,6 +505,8 @@ async def test_a_worker_that_was_frozen_serves_nothing_of_what_it_had(
 
 async def test_workers_end_with_their_supervisor(edge: Edge) -> None:
     pids = edge.pids
+    sockets = edge.sockets
+    assert sockets.is_dir()
     visits = [await off(edge.visit, pid) for pid in pids]
     for visit in visits:
         assert (await off(visit.begin, "GET", "/trickle")).status == 200
@@ -514,6 +516,7 @@ async def test_workers_end_with_their_supervisor(edge: Edge) -> None:
     took = time.monotonic() - began
     assert set(ends) <= {"reset", "closed"}  # of the one without the tunnel, whichever ends first
     await off(wait_until, "the workers have ended", lambda: not any(map(psutil.pid_exists, pids)), seconds=10)
+    assert not sockets.exists()
     row(
         "the supervisor is killed",
         "two workers serve a stream each",

@@ -255,6 +255,12 @@ class Edge:
     def _visitors_of(pid: int) -> set[int]:
         return {c.raddr.port for c in psutil.Process(pid).net_connections("tcp") if c.raddr}
 
+    @property
+    def sockets(self) -> Path:
+        """The folder of the workers' sockets."""
+        command = psutil.Process(self.pids[0]).cmdline()
+        return Path(command[command.index("--path") + 1]).parent
+
     def holders(self) -> list[int]:
         """Workers that hold a tunnel."""
         return [

@@ -104,6 +104,7 @@ class Plan:
     message: str
     port: int  # 0: any free one
     gateways: int
+    workers: int | None  # None: as `sections` says
     https: bool
     fast_lane: bool
     sections: Mapping[str, Any]  # of the user's edge.toml
@@ -230,7 +231,11 @@ class _Local:
             "token": token["token"],
             "metrics": ready["metrics"],
             "outbox": ready["outbox"],
-            "pids": {"edge": [ready["pid"]], "gateways": [gateway.pid for gateway in self.gateways]},
+            # With several workers the first is their supervisor.
+            "pids": {
+                "edge": [ready["pid"], *ready.get("workers", ())],
+                "gateways": [gateway.pid for gateway in self.gateways],
+            },
             "tunnel": self.tunnel_url,
             "ca": str(ca),
             "api": ready["api"],
@@ -289,6 +294,7 @@ class _Local:
             "tls": {"cert": str(cert), "key": str(key)},
             "fast_lane": self.plan.fast_lane,
             "outbox": str(self.folder / "outbox"),
+            **({"workers": self.plan.workers} if self.plan.workers is not None else {}),
         }
         return {**self.plan.sections, "edge": edge}
 

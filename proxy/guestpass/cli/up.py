@@ -25,6 +25,9 @@ PROBE_TIMEOUT = 5.0
 # More gateways of one machine show nothing more.
 MAX_GATEWAYS = 16
 
+# As edge.toml has it: whoever parses a command line does not import all of that.
+MAX_WORKERS = 64
+
 
 def add(commands: Commands) -> None:
     parser = add_command(
@@ -79,6 +82,12 @@ def add(commands: Commands) -> None:
         default=1,
         metavar="N",
         help="how many gateways (default: 1)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=number(1, MAX_WORKERS),
+        metavar="N",
+        help="how many processes serve visitors (default: 1, or what --config says)",
     )
     parser.add_argument("--https", action="store_true", help="serve visitors over TLS, with a throw-away CA")
     parser.add_argument("--no-fast-lane", action="store_true", help="relay every request in Python")
@@ -139,6 +148,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         message=args.message,
         port=args.port,
         gateways=args.gateways,
+        workers=args.workers,
         https=args.https,
         fast_lane=not args.no_fast_lane,
         sections=user_sections(args.config) if args.config is not None else {},

@@ -25,7 +25,8 @@ def main() -> None:
     parser.add_argument("--path", required=True)
     args = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+        # Not SIG_IGN, which children would inherit: whoever starts one could not end it by SIGTERM.
+        signal.signal(number, lambda number, frame: None)
     set_up_logging(args.log_level)
     loop.run(_work(args))
 
@@ -39,10 +40,12 @@ async def _work(args: argparse.Namespace) -> None:
 
     sockets = [socket.socket(fileno=int(number)) for number in args.listen.split(",")]
     control = socket.socket(fileno=args.control)
+    for sock in (*sockets, control):
+        sock.set_inheritable(False)
     seat = Seat(sockets, args.path)
-    await seat.connect(control)
     try:
-        config = load_edge(args.config)
+        await seat.connect(control)
+        config = seat.as_started(load_edge(args.config))
     except GuestpassError as exc:
         await seat.failed(exc)
         return

@@ -4,6 +4,9 @@ Both lanes append finished lines to one buffer (`Lane` in relay.pyx, which makes
 comes here when it is full or a second old: one write for many requests, by a thread, so that a disk or a pipe that is
 slow holds up nobody. What it cannot take is dropped and counted, never queued without end.
 
+Several workers append to one file, or to one standard output. A file takes each write whole. A pipe, or the socket that
+systemd gives, does that with PIPE_BUF bytes only: what goes there is written in pieces of so many, cut between lines.
+
 A line names the share, the session, the gateway and the visitor's address; no query string, link, token or code ever
 stands there, and a path only with `access_log_paths = true`.
 """
@@ -12,6 +15,8 @@ from __future__ import annotations
 
 import logging
 import os
+import select
+import stat
 import threading
 from pathlib import Path
 from queue import SimpleQueue
@@ -68,6 +73,7 @@ class AccessLog:
                 f'cannot write to {path}: {exc.strerror} (key "edge.access_log")',
                 hint="Its folder must exist, and the edge's user must be allowed to write there.",
             ) from exc
+        self._whole = stat.S_ISREG(os.fstat(self._fd).st_mode)
         self._thread = threading.Thread(target=self._work, name="access log", daemon=True)
         self._thread.start()
 
@@ -115,12 +121,19 @@ class AccessLog:
             return
         os.close(self._fd)
         self._fd = fresh
+        self._whole = stat.S_ISREG(os.fstat(fresh).st_mode)
+
+    def _at_once(self, left: memoryview) -> int:
+        """How much of it goes in one write."""
+        if self._whole or len(left) <= select.PIPE_BUF:
+            return len(left)
+        return bytes(left[: select.PIPE_BUF]).rfind(b"\n") + 1 or select.PIPE_BUF
 
     def _write(self, lines: bytes) -> None:
         left = memoryview(lines)
         try:
             while left:
-                left = left[os.write(self._fd, left) :]
+                left = left[os.write(self._fd, left[: self._at_once(left)]) :]
             self._failing = False
         except OSError as exc:
             with self._lock:

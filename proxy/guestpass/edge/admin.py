@@ -12,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, Counter
 from guestpass.config import Limits
 from guestpass.edge.bare import BareServer
 from guestpass.edge.pages import Pages
+from guestpass.plugin import Answer, settled
 
 
 class Admin(BareServer):
@@ -24,7 +25,7 @@ class Admin(BareServer):
         pages: Pages,
         refused: Counter,
         limits: Limits,
-        certificates: Callable[[], object] | None = None,
+        certificates: Callable[[], Answer[object]] | None = None,
     ) -> None:
         """`where`: HOST:PORT. `metrics` gives the text for Prometheus, `faults` why the edge is not ready;
         `certificates` how those by ACME stand."""
@@ -60,5 +61,5 @@ class Admin(BareServer):
         told: dict[str, Any] = {"status": "not ready" if faults else "ready", "faults": faults}
         if self._certificates is not None:
             # Told, and no fault: an edge that is taken out of service cannot answer the challenge.
-            told["certificates"] = self._certificates()
+            told["certificates"] = await settled(self._certificates())
         return web.json_response(told, status=503 if faults else 200)

@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,9 @@ class Edge:
         api_key, api_key_file = api_key_of(config, state)
         self.plugins = self._load_plugins(config)
         self._cleanups.append(self.plugins.stop)  # of those that were loaded and never started as well
-        self._seen = _fingerprint(config)
+        # A worker among several has the plugins that decide; the others are the supervisor's, until that is restarted.
+        self._plugin_parts = tuple(part for part in OF_PLUGINS if seat is None or part in DECIDING)
+        self._seen = _fingerprint(config, self._plugin_parts)
         self.grants: GrantTable
         home: Home | None = None
         if seat is None:
@@ -306,6 +308,8 @@ class Edge:
         )
         admin_url = await self._admin_app() if seat is None else ""
         sockets = iter(seat.sockets if seat is not None else repeat(None))
+        if seat is not None:
+            seat.admits()
         for url in edge.listen:
             listener = Listener(url, self.certificates, next(sockets))
             await listener.start(self.house.front)
@@ -431,11 +435,13 @@ class Edge:
         # served.
         self.keys.tick(time.time())
         Certificates().load(fresh.file, tuple(certificates.sources(fresh)))
-        seen = _fingerprint(fresh)
+        seen = _fingerprint(fresh, self._plugin_parts)
         if seen != self._seen:
             await self._swap_plugins(fresh)
             self._seen = seen
-            self.config = self.config.model_copy(update={name: getattr(fresh, name) for name in OF_PLUGINS})
+            self.config = self.config.model_copy(
+                update={name: getattr(fresh, name) for name in self._plugin_parts}
+            )
         self._load_certificates(fresh)
         if self.acme is not None:
             self.acme.hurry()
@@ -721,10 +727,10 @@ class Edge:
         return faults
 
 
-def _fingerprint(config: EdgeConfig) -> bytes:
+def _fingerprint(config: EdgeConfig, parts: Iterable[str]) -> bytes:
     """Of all that plugins are made from: their sections, the files that they come from, and those of their secrets."""
     digest = hashlib.sha256()
-    for name in OF_PLUGINS:
+    for name in parts:
         part = getattr(config, name)
         digest.update(repr((name, part)).encode())
         sections = part if isinstance(part, tuple) else ()
@@ -771,6 +777,11 @@ async def work(config: EdgeConfig, seat: Seat) -> None:
         await edge.stop()
 
 
+def _no_workers() -> None:
+    """SIGUSR2 would end this process: the script that sends it may not know how many workers there are."""
+    log.warning("SIGUSR2 replaces workers one after the other, and this edge has one process (edge.workers)")
+
+
 async def serve(
     config: EdgeConfig, *, ready: Callable[[dict[str, Any]], None], restored: bool = False
 ) -> None:
@@ -779,7 +790,7 @@ async def serve(
     edge = Edge(config, restored=restored)
     line = await edge.start()
     try:
-        with Signals(on_reload=edge.reload) as signals:
+        with Signals(on_reload=edge.reload, on_roll=_no_workers) as signals:
             ready(line)
             await signals.stop.wait()
             drained = asyncio.ensure_future(edge.drain())

@@ -132,6 +132,11 @@ class _Peer(asyncio.BufferedProtocol):
             if self.session.has_output and not self._paused:
                 self.output_ready()
 
+    @property
+    def of_no_use(self) -> bool:
+        """It ends when its streams have."""
+        return self.session.draining
+
     def _tick(self) -> None:
         self._timer = self._loop.call_later(TICK, self._tick)
         try:
@@ -140,7 +145,7 @@ class _Peer(asyncio.BufferedProtocol):
             log.warning("a link between workers ended: %s", exc)
             self.finish()
             return
-        if self.session.draining and not self.session.streams:
+        if self.of_no_use and not self.session.streams:
             self.finish()
 
     @property
@@ -211,6 +216,8 @@ class PeerLink(_Peer):
         on_change: Callable[[PeerLink], None],
     ) -> None:
         super().__init__(guard)
+        self.wanted = True
+        """The worker at its end holds the gateway."""
         self._on_change = on_change
         self.session = Session(True, self, budget, now=time.monotonic())
         self.session.send_hello(orjson.dumps({"site": who[0], "name": who[1]}))
@@ -227,6 +234,10 @@ class PeerLink(_Peer):
     @property
     def draining(self) -> bool:
         return self.over or self.session.draining
+
+    @property
+    def of_no_use(self) -> bool:
+        return super().of_no_use or not self.wanted
 
     def open(self, service: str, head: bytes, *, fin: bool, body: bytes = b"") -> TunnelStream:
         """A new stream. Raises StreamRefused; then nothing was sent."""
@@ -322,6 +333,7 @@ class Neighbours:
             workers = self._sites.setdefault(held.site, {}).setdefault(held.name, {})
             self.tunnels += held.tunnels - (workers[worker].tunnels if worker in workers else 0)
             workers[worker] = held
+            self._want((held.site, held.name, worker), True)
             self._refused.pop((held.site, held.name, worker), None)
         self.on_change()
 
@@ -343,11 +355,17 @@ class Neighbours:
         if held is None:
             return
         self.tunnels -= held.tunnels
+        self._want((site, name, worker), False)
         self._refused.pop((site, name, worker), None)
         if not workers:
             del names[name]
             if not names:
                 del self._sites[site]
+
+    def _want(self, key: tuple[str, str, int], wanted: bool) -> None:
+        link = self._links.get(key)
+        if link is not None:
+            link.wanted = wanted
 
     def names(self, site: str) -> Iterable[str]:
         return self._sites.get(site, {})
@@ -380,6 +398,7 @@ class Neighbours:
             key = (site, name, worker)
             link = self._links.get(key)
             if link is None or link.session.retiring:
+                self._want(key, False)
                 link = self._links[key] = PeerLink(
                     (site, name),
                     self._paths[worker],
@@ -393,8 +412,10 @@ class Neighbours:
     def _link_changed(self, key: tuple[str, str, int], link: PeerLink) -> None:
         if self._links.get(key) is link:
             del self._links[key]
-            # Until the worker says anew what it holds; otherwise the next request would try again at once.
-            self._refused[key] = time.monotonic() + REFUSED_SECONDS
+            site, name, worker = key
+            if worker in self._sites.get(site, {}).get(name, {}):
+                # Until it says anew what it holds; otherwise the next request would try again at once.
+                self._refused[key] = time.monotonic() + REFUSED_SECONDS
             self.on_change()
 
     def disconnect(self, site: str, name: str) -> None:

@@ -14,11 +14,13 @@
 **Sockets** are bound once and inherited; all workers accept from them. A socket of each worker's own (SO_REUSEPORT)
 would take the connections that wait in it along when the worker leaves.
 
-**Revocation** is over when every worker has acknowledged. One that does not within ACK_SECONDS is killed, and is known
-to be dead, before the answer is given. What a worker does that hears nothing stands in `guestpass.edge.worker`.
+**Revocation** is over when every worker has acknowledged that admits anybody: one that starts has made no grant, and
+hears of the revocation before it asks for the first. One that does not acknowledge within ACK_SECONDS is killed, and is
+known to be dead, before the answer is given. What a worker does that hears nothing stands in `guestpass.edge.worker`.
 
-**Workers** are interchangeable. One that ends is replaced at once, and later and later if it ends again and again at
-its start. `roll` replaces each by a new process, which reads the configuration anew, before the old one is drained.
+**Workers** are interchangeable. Each has a place; one that ends is replaced at once, and later and later if it ends
+again and again at its start. `roll` puts a new process in each place, which reads the configuration anew, before the
+old one is drained. What this process has taken from the configuration holds for all workers until it is started again.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections import Counter as Counts
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,12 +67,13 @@ from guestpass.edge.peers import Held
 from guestpass.edge.plugins import PluginSet
 from guestpass.edge.signing_keys import KeyRing
 from guestpass.edge.worker import (
+    AS_STARTED,
     BEAT_SECONDS,
     LEASE_SECONDS,
     SERVICE_METHODS,
     STORAGE_METHODS,
 )
-from guestpass.errors import GuestpassError
+from guestpass.errors import ConfigError, GuestpassError
 from guestpass.model import Event, Revocation, Revoked, Session, Share
 
 log = logging.getLogger("guestpass.edge.supervisor")
@@ -86,6 +90,9 @@ COUNT_SECONDS = 2.0
 # Imports, plugins, certificates; on a machine that is busy with other things.
 START_SECONDS = 60.0
 
+# From the end of a process to that of what it had said: both come at once, in either order.
+LAST_WORDS_SECONDS = 1.0
+
 # A worker that served for so long has started well. Before that, the next one waits: twice as long each time.
 WELL_SECONDS = 10.0
 RESPAWN_FIRST = 0.1
@@ -96,6 +103,12 @@ STOP_SECONDS = 10.0
 
 # Sessions whose gateway is remembered: 100 bytes each. One that is forgotten is chosen for anew.
 MAX_PINS = 200_000
+
+# The longest path of a Unix socket (unix(7): 108 with the zero), and the most that a worker's number takes of it.
+MAX_SOCKET_PATH = 107
+NUMBER_DIGITS = 10
+
+FOLDER_HINT = "It is made where temporary files are: set TMPDIR to another folder."
 
 # Kinds of plugins that the supervisor has; the others are the workers'.
 TELLING = frozenset(("notify", "observe"))
@@ -116,16 +129,19 @@ class Worker:
     heard: float
     held: dict[tuple[str, str], Held] = field(default_factory=dict)
     families: list[Family] = field(default_factory=list)
+    counted: bool = False
+    """`families` are its last."""
+    admits: bool = False
+    """It accepts visitors, or is about to."""
     leaving: bool = False
     """Its end is wanted."""
-    trial: bool = False
-    """It is to replace another one, which stays if this one does not start."""
     cause: str = "exit"
     """Why it ends, for the metric."""
 
     @property
     def up(self) -> bool:
-        return self.ready.done() and not self.ready.cancelled() and self.ready.exception() is None
+        started = self.ready.done() and not self.ready.cancelled() and self.ready.exception() is None
+        return started and self.process.returncode is None
 
     def kill(self, cause: str) -> None:
         if self.process.returncode is None:
@@ -167,7 +183,9 @@ class Supervisor:
         self._owners: dict[bytes, Owner] = {}
         self._announced: dict[str, dict[str, bool]] = {}  # gateways that are connected, and their services
         self._respawn: dict[int, float] = {}  # by slot: what the next start waits
+        self._spawning: Counts[int] = Counts()  # by slot: processes that are being made
         self._rolling = False
+        self._roll_again = False
         self._stopping = False
 
     # ── start ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -219,6 +237,7 @@ class Supervisor:
             notify=self.home.courier.enqueue,
             revoke=self.home.bus.publish,
             secret=secret,
+            count_blocked=lambda plugin: self.metrics.loop_blocked.labels(plugin).inc(),
         )
         self._cleanups.append(plugins.stop)
         await self.home.courier.start()
@@ -235,9 +254,10 @@ class Supervisor:
             pages=Pages(origins, lambda status: self.metrics.refused.labels(str(status)).inc()),
             refused=self.metrics.refused,
             limits=config.limits,
+            certificates=self._certificates if config.acme is not None else None,
         )
         admin_url = await self._admin.start()
-        self._folder = tempfile.mkdtemp(prefix="guestpass-")  # 0700: nobody else reaches the workers' sockets
+        self._make_folder()
         self._task(self._beat(), "beat")
         workers = await asyncio.gather(*(self._spawn(slot) for slot in range(edge.workers)))
         await asyncio.gather(*(self._until_ready(worker) for worker in workers))
@@ -252,25 +272,54 @@ class Supervisor:
             "workers": [worker.process.pid for worker in workers],
         }
 
+    def _make_folder(self) -> None:
+        """For the workers' sockets. Raises ConfigError."""
+        try:
+            self._folder = tempfile.mkdtemp(prefix="guestpass-")  # 0700: nobody else reaches them
+        except OSError as exc:
+            raise ConfigError(
+                f"no folder for the workers' sockets: {exc.strerror}", hint=FOLDER_HINT
+            ) from exc
+        if len(os.fsencode(self._folder)) + 1 + NUMBER_DIGITS > MAX_SOCKET_PATH:
+            raise ConfigError(
+                f"the folder for the workers' sockets, {self._folder}, has too long a path", hint=FOLDER_HINT
+            )
+
     async def _spawn(self, slot: int) -> Worker:
+        """A new process in this place. Raises GuestpassError."""
+        self._spawning[slot] += 1
+        try:
+            return await self._spawned(slot)
+        except OSError as exc:
+            raise GuestpassError(
+                f"a worker cannot be started: {exc.strerror}",
+                hint="Look at the limits for open files, processes and memory.",
+            ) from exc
+        finally:
+            self._spawning[slot] -= 1
+
+    async def _spawned(self, slot: int) -> Worker:
         self._numbers += 1
         number = self._numbers
         path = f"{self._folder}/{number}"
         ours, theirs = socket.socketpair()
         with theirs:
             listening = [sock.fileno() for sock in self._sockets]
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "guestpass.cli.worker"),
-                *("--config", str(self.config.file), "--log-level", self._log_level),
-                *("--control", str(theirs.fileno()), "--path", path),
-                *("--listen", ",".join(map(str, listening))),
-                pass_fds=(theirs.fileno(), *listening),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                # The supervisor decides when a worker ends: neither the terminal nor the service manager does.
-                start_new_session=True,
-                env={key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"},
-            )
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-P", "-m", "guestpass.cli.worker"),
+                    *("--config", str(self.config.file), "--log-level", self._log_level),
+                    *("--control", str(theirs.fileno()), "--path", path),
+                    *("--listen", ",".join(map(str, listening))),
+                    pass_fds=(theirs.fileno(), *listening),
+                    stdin=asyncio.subprocess.DEVNULL,  # standard output is ours: an access log may go there
+                    # The supervisor decides when a worker ends: neither the terminal nor the service manager does.
+                    start_new_session=True,
+                    env={key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"},
+                )
+            except BaseException:
+                ours.close()
+                raise
         now = time.monotonic()
         handlers: dict[str, Callable[..., Any]] = {}
         channel = Channel(handlers, who=f"worker {number}")
@@ -278,12 +327,15 @@ class Supervisor:
         handlers |= self._handlers(worker)
         channel.heard = partial(self._heard, worker)
         await channel.join(ours)
+        channel.tell("begin", {key: getattr(self.config.edge, key) for key in AS_STARTED})
         channel.tell("lease", _boottime() + LEASE_SECONDS)
         for other in self._workers.values():
             if other.held:
                 channel.tell("neighbour", other.number, other.path, list(other.held.values()), [])
         self._workers[number] = worker
         self._task(self._watch(worker), f"worker {number}")
+        if self._stopping:  # since; whoever stops has not seen this one
+            self._dismiss(worker)
         return worker
 
     async def _until_ready(self, worker: Worker) -> None:
@@ -303,6 +355,7 @@ class Supervisor:
     async def _watch(self, worker: Worker) -> None:
         """Until the process has ended; then another one takes its place, unless its end was wanted."""
         code = await worker.process.wait()
+        await asyncio.wait((worker.channel.closed,), timeout=LAST_WORDS_SECONDS)
         worker.channel.close()
         del self._workers[worker.number]
         self._ends.labels(worker.cause).inc()
@@ -318,10 +371,10 @@ class Supervisor:
         for site, name in worker.held:
             if not self._held_by_others(worker, site, name):
                 self._gone(f"{site}/{name}", reason="worker_ended")
-        if worker.leaving or self._stopping or (worker.trial and not worker.up):
+        if worker.leaving or self._stopping:
             return
         log.error(
-            "worker %d (process %d) ended with status %d (%s); it is replaced",
+            "worker %d (process %d) ended with status %d (%s)",
             worker.number,
             worker.process.pid,
             code,
@@ -334,11 +387,32 @@ class Supervisor:
         else:
             self._respawn.pop(worker.slot, None)
         await asyncio.sleep(pause)
-        if not self._stopping:
-            await self._spawn(worker.slot)
+        await self._fill(worker.slot)
+
+    async def _fill(self, slot: int) -> None:
+        """See to it that there is a worker in this place."""
+        while not self._stopping and not self._filled(slot):
+            try:
+                fresh = await self._spawn(slot)
+            except GuestpassError as exc:
+                log.error("%s; it is tried again in %g s", exc, RESPAWN_MOST)
+                await asyncio.sleep(RESPAWN_MOST)
+                continue
+            # One that does not come up is killed, and its own watch sees to what follows.
+            with contextlib.suppress(GuestpassError):
+                await self._until_ready(fresh)
+
+    def _filled(self, slot: int) -> bool:
+        return self._spawning[slot] > 0 or any(
+            worker.slot == slot and not worker.leaving for worker in self._workers.values()
+        )
 
     async def _retire(self, worker: Worker, how: str) -> None:
         """Have a worker leave; returns when its process has ended."""
+        if not worker.admits:
+            self._dismiss(worker)
+            await worker.process.wait()
+            return
         worker.leaving = True
         if worker.cause == "exit":
             worker.cause = "replaced"
@@ -351,6 +425,12 @@ class Supervisor:
             log.error("worker %d did not end within %g s: it is killed", worker.number, patience)
             worker.kill("overdue")
             await worker.process.wait()
+
+    @staticmethod
+    def _dismiss(worker: Worker) -> None:
+        """End a worker that has no visitors yet."""
+        worker.leaving = True
+        worker.kill("replaced")
 
     # ── the whole ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -377,34 +457,49 @@ class Supervisor:
 
     async def _count(self, worker: Worker) -> None:
         with contextlib.suppress(GuestpassError):
-            worker.families = await worker.channel.call("metrics")
+            families = await worker.channel.call("metrics")
+            if not worker.counted:
+                worker.families = families
 
     def _heard(self, worker: Worker) -> None:
         worker.heard = time.monotonic()
 
     def roll(self) -> None:
-        """Replace every worker, one after the other; SIGUSR2."""
-        if self._rolling or self._stopping:
-            log.warning("the workers are being replaced already")
+        """Replace every worker, one after the other; SIGUSR2. While that is under way, once more after it: whoever asks
+        again may have changed the configuration since."""
+        if self._stopping:
+            return
+        self._roll_again = True
+        if self._rolling:
+            log.info("the workers are being replaced; they will be once more after that")
             return
         self._rolling = True
         self._task(self._roll(), "roll")
 
     async def _roll(self) -> None:
-        log.info("the workers are replaced, one after the other")
         try:
-            for old in sorted(self._workers.values(), key=lambda worker: worker.slot):
-                if old.leaving or old.process.returncode is not None:
-                    continue
-                fresh = await self._spawn(old.slot)
-                fresh.trial = True
-                await self._until_ready(fresh)
-                await self._retire(old, "replaced")
-            log.info("all workers were replaced")
-        except GuestpassError as exc:
-            log.error("a new worker cannot start, the old ones stay: %s", exc)
+            while self._roll_again and not self._stopping:
+                self._roll_again = False
+                log.info("the workers are replaced, one after the other")
+                try:
+                    await self._replace_all()
+                    log.info("all workers were replaced")
+                except GuestpassError as exc:
+                    if not self._stopping:
+                        log.error("a new worker cannot start, the old ones stay: %s", exc)
         finally:
             self._rolling = False
+
+    async def _replace_all(self) -> None:
+        """Raises GuestpassError; then those whose turn has not come stay."""
+        for old in sorted(self._workers.values(), key=lambda worker: worker.slot):
+            if self._stopping:
+                return
+            if old.leaving or old.process.returncode is not None:
+                continue
+            fresh = await self._spawn(old.slot)
+            await self._until_ready(fresh)
+            await self._retire(old, "replaced")
 
     def reload(self) -> None:
         """SIGHUP: every worker reloads."""
@@ -429,9 +524,9 @@ class Supervisor:
         for listener in self._listeners:
             listener.close()
         for worker in tuple(self._workers.values()):
-            worker.leaving = True
-            worker.kill("replaced")
+            self._dismiss(worker)
             await worker.process.wait()
+            worker.channel.close()
         if self._admin is not None:
             await self._admin.stop()
         for task in tuple(self._tasks):
@@ -483,6 +578,15 @@ class Supervisor:
             faults["edge"] = "draining"
         return faults
 
+    async def _certificates(self) -> object:
+        """How those by ACME stand; every worker knows."""
+        for worker in tuple(self._workers.values()):
+            if worker.up:
+                with contextlib.suppress(TimeoutError, GuestpassError):
+                    async with asyncio.timeout(BEAT_SECONDS):
+                        return await worker.channel.call("certificates")
+        return None
+
     # ── revocation ───────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _revoke(self, revocation: Revocation) -> Revoked:
@@ -499,6 +603,9 @@ class Supervisor:
         return Revoked(len(sessions), sum(streams for _, streams in answers), seconds * 1000)
 
     async def _have_revoked(self, worker: Worker, revocation: Revocation) -> tuple[list[str], int]:
+        if not worker.admits:
+            worker.channel.tell("revoke", revocation)  # before any answer that a grant could be made of
+            return [], 0
         try:
             async with asyncio.timeout(ACK_SECONDS):
                 done: tuple[list[str], int] = await worker.channel.call("revoke", revocation)
@@ -508,6 +615,9 @@ class Supervisor:
             worker.kill("unacknowledged")
         except ChannelClosed:
             worker.kill("exit")
+        except GuestpassError as exc:
+            log.error("worker %d failed on a revocation: it is killed: %s", worker.number, exc)
+            worker.kill("unacknowledged")
         await worker.process.wait()
         return [], 0
 
@@ -539,10 +649,14 @@ class Supervisor:
             "held": partial(self._held, worker),
             "sync": partial(self._sync, worker),
             "alive": lambda: None,
+            "admits": partial(self._worker_admits, worker),
             "ready": partial(self._worker_ready, worker),
             "failed": partial(self._worker_failed, worker),
             "last": partial(self._last, worker),
         }
+
+    def _worker_admits(self, worker: Worker) -> None:
+        worker.admits = True
 
     def _worker_ready(self, worker: Worker) -> None:
         if not worker.ready.done():
@@ -554,9 +668,12 @@ class Supervisor:
             worker.ready.set_exception(exc)
             worker.ready.exception()
             log.error("worker %d cannot start: %s", worker.number, exc)
+            # It ends by itself, unless a plugin has left a thread behind that does not.
+            self._loop.call_later(STOP_SECONDS, worker.kill, "overdue")
 
     def _last(self, worker: Worker, families: list[Family]) -> None:
         worker.families = families
+        worker.counted = True
 
     def _storage(self, method: str, plugin: str, *args: Any, **more: Any) -> Any:
         return getattr(self.home.service.storage(plugin), method)(*args, **more)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -34,6 +35,8 @@ from guestpass.shares.storage import PluginStorage
 from guestpass_speedups.session import Budget
 
 if TYPE_CHECKING:
+    from guestpass.config import EdgeConfig
+    from guestpass.edge.acme import Acme
     from guestpass.edge.grants import GrantTable
     from guestpass.edge.metrics import Family, Metrics
     from guestpass.edge.tunnels import Tunnels
@@ -48,6 +51,10 @@ LEASE_SECONDS = 2.5
 BEAT_SECONDS = 0.5
 # How often a worker that nothing wakes looks at its lease.
 LOOK_SECONDS = 0.25
+
+# Keys of [edge] that hold for all workers as they were when the supervisor was started: its sockets, its store and its
+# links are made of them. What else a worker needs it reads itself.
+AS_STARTED = ("listen", "redirect_listen", "public_url", "share_domain", "state", "workers")
 
 # Methods of ShareService that a worker may call: all that return something awaitable.
 SERVICE_METHODS = (
@@ -152,6 +159,7 @@ class Parts(Protocol):
     grants: GrantTable
     tunnels: Tunnels
     metrics: Metrics
+    acme: Acme | None
 
     @property
     def lane(self) -> Lane: ...
@@ -173,7 +181,7 @@ class Seat:
         self.budget = Budget()
         self.neighbours = Neighbours(budget=self.budget, guard=self.guard)
         self.service = RemoteService(self)
-        self.events = RemoteEvents(lambda event: self.channel.tell("event", event))
+        self.events = RemoteEvents(self._tell_event)
         self.channel = Channel(self._handlers(), who="the supervisor")
         self.channel.refusal = self._unheard
         self.channel.closed.add_done_callback(lambda done: self._told_to_leave("abandoned"))
@@ -188,11 +196,25 @@ class Seat:
         self._lease = 0.0
         self._lapsed = False
         self._serving = False
+        self._begun: asyncio.Future[Mapping[str, Any]] = self._loop.create_future()
+        self._started: asyncio.Future[None] = self._loop.create_future()
         self._look_timer: asyncio.TimerHandle | None = None
         self._leave: asyncio.Future[str] = self._loop.create_future()
 
     async def connect(self, sock: socket.socket) -> None:
+        """Returns when the supervisor has said what holds for all. Raises ChannelClosed."""
         await self.channel.join(sock)
+        await asyncio.wait((self._begun, self.channel.closed), return_when=asyncio.FIRST_COMPLETED)
+        if not self._begun.done():
+            raise ChannelClosed("the supervisor is gone")
+
+    def as_started(self, config: EdgeConfig) -> EdgeConfig:
+        """The configuration, but for what holds as it was when the supervisor was started."""
+        begun = self._begun.result()
+        changed = [f"edge.{key}" for key in AS_STARTED if getattr(config.edge, key) != begun[key]]
+        if changed:
+            log.warning("a restart, not of workers only, is needed for changes of: %s", ", ".join(changed))
+        return config.model_copy(update={"edge": config.edge.model_copy(update=dict(begun))})
 
     def configure(self, *, memory_budget: int, share_origin: Callable[[str], str]) -> None:
         """What the configuration says, before the edge starts."""
@@ -205,6 +227,10 @@ class Seat:
         parts.lane.lapsed = self.lapse
         parts.tunnels.on_change.add(self._tunnels_changed)
 
+    def admits(self) -> None:
+        """Visitors are accepted from now on: revocations wait for this worker."""
+        self.channel.tell("admits")
+
     async def serve(self) -> None:
         """Until the supervisor sends this worker away, or is gone."""
         assert self._parts is not None
@@ -213,10 +239,14 @@ class Seat:
         self._parts.lane.lease = self._lease
         self._look()
         self.channel.tell("ready")
+        self._started.set_result(None)
         how = await self._leave
         if how == "abandoned":
             log.error("the supervisor is gone: this worker ends")
             self._parts.grants.end_all("supervisor_gone")
+            with contextlib.suppress(OSError):  # others' sockets are in the folder, until the last has ended
+                os.unlink(self._path)
+                os.rmdir(os.path.dirname(self._path))
         elif how != "stop":
             drained = asyncio.ensure_future(self._parts.drain(replaced=how == "replaced"))
             await asyncio.wait((drained, self.channel.closed), return_when=asyncio.FIRST_COMPLETED)
@@ -326,6 +356,7 @@ class Seat:
 
     def _handlers(self) -> dict[str, Callable[..., Any]]:
         return {
+            "begin": self._begin,
             "lease": self._renew_lease,
             "revoke": self._revoke,
             "renew": self._renew,
@@ -336,10 +367,15 @@ class Seat:
             "live": self._live,
             "metrics": self._metrics,
             "faults": self._faults,
+            "certificates": self._certificates,
             "sync": lambda: None,
             "reload": self._reload,
             "leave": self._told_to_leave,
         }
+
+    def _begin(self, begun: Mapping[str, Any]) -> None:
+        if not self._begun.done():
+            self._begun.set_result(begun)
 
     def _revoke(self, revocation: Revocation) -> tuple[list[str], int]:
         if self._parts is None:
@@ -364,7 +400,12 @@ class Seat:
     async def _faults(self) -> dict[str, str]:
         return {} if self._parts is None else await self._parts.faults()
 
+    def _certificates(self) -> object:
+        return None if self._parts is None or self._parts.acme is None else self._parts.acme.status()
+
     async def _reload(self) -> None:
+        """A start that is under way may have read the files as they were: it ends first."""
+        await asyncio.shield(self._started)
         if self._parts is not None:
             await self._parts.reload()
 
@@ -386,6 +427,12 @@ class Seat:
         )
         self._holders.add(holder)
         return holder
+
+    def _tell_event(self, event: Event) -> None:
+        """After what it is about: whether a gateway is gone, the supervisor sees by what is held."""
+        if self._telling:
+            self._tell_held()
+        self.channel.tell("event", event)
 
     def _tunnels_changed(self) -> None:
         if not self._telling:
