@@ -25,7 +25,9 @@ that came in the same frame; an answer that is complete is written at once, what
 `writelines` per turn of the loop.
 
 **Credit** is given for what was handed to a transport that is not paused. While it is paused, bytes are counted in
-`unconsumed`, and the gateway stops when the window is full. Reading the tunnel never stops.
+`unconsumed`, and the gateway stops when the window is full. Reading the tunnel never stops. A window grows only while
+the kernel sends what it was given (`moves_on`): a visitor who reads nothing gets the smallest, however much its kernel
+and ours have taken. What all windows of one client grow by is bounded (CLIENT_WINDOWS): it may read fast, then stop.
 
 **The access log** costs a branch where it is off. Where it is on, a stream is born with the part of its line that is
 known then (`begun`), and whoever ends it appends the line to `Lane.log`, which goes out as one piece.
@@ -114,6 +116,7 @@ from guestpass_speedups.session cimport (
     REVOKED,
     TIMEOUT,
     UNREACHABLE,
+    Budget,
     Session,
     Stream,
 )
@@ -159,6 +162,11 @@ cdef double SENT_POLL = 0.05
 cdef double HALF_CLOSED_SECONDS = 10.0  # the application's last bytes after a visitor's end (edge/relay.py)
 # How exactly the last use of a session is known. Nobody asks for less than a minute.
 cdef double USED_SECONDS = 1.0
+
+# What one client's windows may grow by beyond their floors, all together: it may stop reading with all of them full.
+# Two of the largest windows.
+cdef enum:
+    CLIENT_WINDOWS = 33554432
 
 # Connections of one client beyond its limit are told so, and held until the answer has arrived; those beyond this many
 # times the limit are cut at once.
@@ -243,9 +251,11 @@ cdef class Client:
     cdef object __weakref__
     cdef readonly str name
     cdef readonly Py_ssize_t open
+    cdef readonly Budget windows    # what the windows of its streams may grow by
 
     def __init__(self, str name not None):
         self.name = name
+        self.windows = Budget(CLIENT_WINDOWS)
 
 
 cdef class Bucket:
@@ -353,6 +363,7 @@ cdef class Lane:
     cdef object unsent
     cdef object resume_reading
     cdef object acknowledged
+    cdef object waiting
     cdef object clients             # by name, as long as a connection refers to them
     cdef bint logging               # there is an access log
     cdef bint log_paths
@@ -389,7 +400,7 @@ cdef class Lane:
     cdef public object lapsed
 
     def __init__(self, *, dict cookies, dict tokens, bytes bearer, dict statuses, buckets, abort_now, unsent,
-                 resume_reading, acknowledged, limits, bint fast):
+                 resume_reading, acknowledged, waiting, limits, bint fast):
         """`limits` has the keys of `[limits]` as attributes."""
         cdef int index
         self.fast = fast
@@ -401,6 +412,7 @@ cdef class Lane:
         self.unsent = unsent
         self.resume_reading = resume_reading
         self.acknowledged = acknowledged
+        self.waiting = waiting
         self.clients = weakref.WeakValueDictionary()
         self.stuck = {}
         self.write_seconds = limits.write_progress_seconds
@@ -918,6 +930,12 @@ cdef class FastStream(Stream):
             connection.blocked = False
             connection._sync_reading()
         return 0
+
+    cdef bint moves_on(self, uint64_t used) except -1:
+        cdef Connection connection = self.connection
+        if connection is None or connection.paused:
+            return False
+        return connection.transport is None or connection.lane.waiting(connection.transport) < used
 
     cdef int on_closed(self) except -1:
         if self.connection is not None:     # a fault of our own, or an end that nobody announced
@@ -1469,6 +1487,8 @@ cdef class Connection:
         stream.load = entry.load
         stream.load.streams += 1
         stream.connection = self
+        if self.client is not None:
+            stream.allow(self.client.windows)
         stream.upgrade = upgrade
         stream.to_head = REQUEST.method_id == M_HEAD
         stream.retryable = self.framing == BODY_NONE and not upgrade and (

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import logging
+import socket
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from support.stack import Stack, read_head, running
 
 from guestpass.config import Limits
 from guestpass.edge.limits import TABLE, Refusals, client_of
+from guestpass_speedups.session import FLOOR
 
 LANES = ("fast", "aiohttp")
 MB = 1 << 20
@@ -302,6 +304,48 @@ async def test_who_reads_slowly_stays_and_who_reads_nothing_goes(
         writer.transport.abort()
         await stack.until(lambda: stack.edge.grants.all_streams == 0, "no stream is left")
         nothing.transport.abort()
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_windows_stay_small_for_who_reads_nothing(app: Application, tmp_path: Path, lane: str) -> None:
+    """The kernel's buffer takes the first megabytes as fast as any visitor."""
+    async with limited(tmp_path, app, lane, {}) as stack:
+        await stack.session.close()
+        for _ in range(8):
+            sock = socket.socket()
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", stack.port))
+            reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
+            opened.append(writer)
+            writer.write(stack.head("GET", "/forever"))
+            await reader.readexactly(100)
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await stack.until(
+            lambda: sum(connection.paused for connection in stack.edge.lane.connections) == 8, "all are stuck"
+        )
+        assert stack.edge.lane.client("127.0.0.1").windows.promised <= 8 * 3 * FLOOR
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_windows_of_one_client_share_an_allowance(
+    app: Application, tmp_path: Path, lane: str
+) -> None:
+    async with limited(tmp_path, app, lane, {}) as stack:
+        await stack.session.close()
+        readers = [await asyncio.open_connection("127.0.0.1", stack.port) for _ in range(4)]
+        windows = stack.edge.lane.client("127.0.0.1").windows
+        assert windows.promised == 0
+        windows.limit = 5 * FLOOR
+        for _, writer in readers:
+            opened.append(writer)
+            writer.write(stack.head("GET", "/forever"))
+        for _ in range(40):
+            await asyncio.gather(*(reader.readexactly(MB // 4) for reader, _ in readers))
+        assert 0 < windows.promised <= 5 * FLOOR
+        for _, writer in readers:
+            writer.transport.abort()
+        await stack.until(lambda: windows.promised == 0, "nothing is promised any more")
 
 
 @pytest.mark.parametrize("lane", LANES)

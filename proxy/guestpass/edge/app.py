@@ -52,7 +52,7 @@ from guestpass.edge.home import (
 from guestpass.edge.incoming import PREFIX as HOOKS_PREFIX
 from guestpass.edge.incoming import IncomingRoutes
 from guestpass.edge.keys import CLIENT, SCHEME, SHARE_ID
-from guestpass.edge.limits import Refusals
+from guestpass.edge.limits import Refusals, client_of
 from guestpass.edge.listener import Listener
 from guestpass.edge.metrics import Metrics
 from guestpass.edge.origins import Origins
@@ -247,6 +247,7 @@ class Edge:
             learn=self.lane.learn,
             refusals=self.refusals,
             access_log=self.lane if self.access_log is not None else None,
+            windows=lambda address: self.lane.client(client_of(address)).windows,
             now=self._now,
         )
         self.metrics.watch_lane(lambda: self.lane.services.values(), lambda: self.lane.durations)

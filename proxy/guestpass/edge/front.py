@@ -34,7 +34,7 @@ from guestpass.edge.grants import Grant, GrantTable
 from guestpass.edge.metrics import DURATIONS
 from guestpass.edge.relay import RETRY_AFTER, STATUS_OF_RESET
 from guestpass.edge.static import NOTHING
-from guestpass.loop import abort_now, acknowledged, resume_reading, unsent
+from guestpass.loop import abort_now, acknowledged, resume_reading, unsent, waiting
 from guestpass.model import SessionKind
 from guestpass.tokens import BEARER_PREFIX
 from guestpass_speedups.relay import Client, Connection, Entry, Lane
@@ -454,6 +454,7 @@ class FastLane(Lane):
             unsent=unsent,
             resume_reading=resume_reading,
             acknowledged=acknowledged,
+            waiting=waiting,
             limits=limits,
             fast=fast,
         )
@@ -520,6 +521,7 @@ def bare_lane(limits: Limits) -> Lane:
         unsent=unsent,
         resume_reading=resume_reading,
         acknowledged=acknowledged,
+        waiting=waiting,
         limits=limits,
         fast=False,
     )
