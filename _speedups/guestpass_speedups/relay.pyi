@@ -7,6 +7,7 @@ from typing import Any
 
 from guestpass_speedups.session import Budget
 
+CUT_BEYOND: int
 HELD_LIMIT: int
 VISITOR_GONE: int
 
@@ -22,6 +23,7 @@ class Load:
 class Client:
     name: str
     open: int
+    starting: int  # TLS handshakes under way
     windows: Budget  # what the windows of its streams may grow by, all together
     def __init__(self, name: str) -> None: ...
 

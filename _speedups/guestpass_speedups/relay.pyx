@@ -174,6 +174,7 @@ cdef enum:
     CUT_FACTOR = 2
 
 HELD_LIMIT = HELD_MAX
+CUT_BEYOND = CUT_FACTOR
 
 cdef enum:      # phases
     P_NEW
@@ -251,6 +252,7 @@ cdef class Client:
     cdef object __weakref__
     cdef readonly str name
     cdef readonly Py_ssize_t open
+    cdef public Py_ssize_t starting # TLS handshakes under way
     cdef readonly Budget windows    # what the windows of its streams may grow by
 
     def __init__(self, str name not None):

@@ -328,9 +328,7 @@ async def test_windows_stay_small_for_who_reads_nothing(app: Application, tmp_pa
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_windows_of_one_client_share_an_allowance(
-    app: Application, tmp_path: Path, lane: str
-) -> None:
+async def test_windows_of_one_client_share_an_allowance(app: Application, tmp_path: Path, lane: str) -> None:
     async with limited(tmp_path, app, lane, {}) as stack:
         await stack.session.close()
         readers = [await asyncio.open_connection("127.0.0.1", stack.port) for _ in range(4)]

@@ -308,7 +308,7 @@ class Edge:
         sockets = iter(seat.sockets if seat is not None else repeat(None))
         for url in edge.listen:
             listener = Listener(url, self.certificates, next(sockets))
-            await listener.start(self.house.front)
+            await listener.start(self.house.front, self.house.admit)
             self._listeners.append(listener)
         listening = [listener.url for listener in self._listeners]
         for url in edge.redirect_listen:

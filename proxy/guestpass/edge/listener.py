@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from guestpass import loop
 from guestpass.edge.certificates import Certificates
-from guestpass.edge.tls import TlsServer
+from guestpass.edge.tls import Admit, TlsServer, anybody
 from guestpass.errors import ConfigError, PortTaken
 
 # Connections that wait in the kernel for accept().
@@ -45,14 +45,14 @@ class Listener:
         self.url = f"{self.scheme}://{host}:{self._port}"
         return self._sock
 
-    async def start(self, front: Callable[[], asyncio.BaseProtocol]) -> None:
-        """Bind and accept. Raises PortTaken, ConfigError."""
+    async def start(self, front: Callable[[], asyncio.BaseProtocol], admit: Admit = anybody) -> None:
+        """Bind and accept; `admit` is asked before a TLS handshake. Raises PortTaken, ConfigError."""
         sock = self.bind()
         certificates = self._certificates
         if certificates is None:
             self._server = await loop.create_server(front, sock=sock, backlog=BACKLOG)
         else:
-            self._server = TlsServer(sock, front, certificates.choose, lambda: certificates.several)
+            self._server = TlsServer(sock, front, certificates.choose, lambda: certificates.several, admit)
 
     def close(self) -> None:
         """Stop accepting; open connections stay."""
