@@ -19,6 +19,11 @@ from guestpass.errors import ConfigError, PortTaken
 # Connections that wait in the kernel for accept().
 BACKLOG = 1024
 
+# Of an answer so much waits in the kernel for a visitor who does not take it. The kernel's own bound is 4 MB of memory
+# that nobody counts, filled as fast as the application can. What is on its way to a visitor comes on top: it is as much
+# as the network and the visitor hold.
+NOTSENT_LOWAT = 256 * 1024
+
 
 class Listener:
     """One `listen` URL of edge.toml. `sock`: one that was bound already, by the supervisor of several workers."""
@@ -79,6 +84,8 @@ def bind(host: str, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)  # connections inherit it
         sock.setblocking(False)
         sock.bind(address)
         sock.listen(BACKLOG)
