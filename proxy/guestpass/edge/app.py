@@ -25,7 +25,7 @@ from prometheus_client import generate_latest
 
 from guestpass import config as configuration
 from guestpass.config import EdgeConfig
-from guestpass.daemon import Signals, reloading
+from guestpass.daemon import Signals, reloading, settle
 from guestpass.edge import certificates
 from guestpass.edge import headers as h
 from guestpass.edge.access_log import STDOUT, AccessLog
@@ -765,6 +765,7 @@ async def work(config: EdgeConfig, seat: Seat) -> None:
     except GuestpassError as exc:
         await seat.failed(exc)
         return
+    settle()
     try:
         await seat.serve()
     finally:
@@ -778,6 +779,7 @@ async def serve(
     GuestpassError when it cannot start."""
     edge = Edge(config, restored=restored)
     line = await edge.start()
+    settle()
     try:
         with Signals(on_reload=edge.reload) as signals:
             ready(line)
