@@ -8,6 +8,7 @@ from typing import Any
 from guestpass_speedups.session import Budget
 
 CUT_BEYOND: int
+ENDED_AT_ONCE: int
 HELD_LIMIT: int
 VISITOR_GONE: int
 

@@ -41,8 +41,10 @@ the process or the machine is frozen. It is looked at before anything that was r
 written; when it has lapsed, `lapsed` ends every stream first.
 
 **Time limits** need no timer per connection: each kind has one length, so a list in order of entry is in order of
-expiry. `tick` looks at the first of each, once a second. One does not fit, that the visitor reads: connections with
-output that does not leave are in `stuck`, and `tick` asks the kernel whether the visitor acknowledged anything.
+expiry. The clock looks at the first of each, once a second. One does not fit, that the visitor reads: connections with
+output that does not leave are in `stuck`, and the clock asks the kernel whether the visitor acknowledged anything. All
+that is due at the same time, because it came at the same time, is done a little in each turn of the loop (`_round`):
+those whom it is not about do not wait for it.
 
 **Number limits** are counted on objects that are at hand: a Client has its open connections (behind a trusted proxy:
 its requests under way), a session's grant its streams, a share's Load the streams of all of its sessions. What is over
@@ -155,6 +157,13 @@ cdef enum:
     # Of a path so much is logged; escaped, a byte is six at most. The fixed rest of a line is below 512.
     LOG_PATH = 2048
 
+cdef enum:
+    # What the clock does in one turn of the loop: connections it looks at, 3 µs each, and ends, 60 µs each.
+    LOOKS_AT_ONCE = 256
+    ENDS_AT_ONCE = 16
+
+ENDED_AT_ONCE = ENDS_AT_ONCE
+
 cdef double LINGER_SECONDS = 2.0        # answered before the request had ended
 # How soon, and then how often, it is looked whether the visitor has all of an answer, before its connection is closed.
 cdef double SENT_FIRST = 0.001
@@ -252,7 +261,7 @@ cdef class Client:
     cdef object __weakref__
     cdef readonly str name
     cdef readonly Py_ssize_t open
-    cdef public Py_ssize_t starting # TLS handshakes under way
+    cdef public Py_ssize_t starting  # TLS handshakes under way
     cdef readonly Budget windows    # what the windows of its streams may grow by
 
     def __init__(self, str name not None):
@@ -382,7 +391,9 @@ cdef class Lane:
     cdef Py_ssize_t per_session
     cdef Py_ssize_t per_share
     cdef set tails
+    cdef list looks                 # tails and stuck connections that the clock has not looked at yet
     cdef object _timer
+    cdef object _rest               # the handle of what the clock has left to do
     cdef bytearray storage          # never resized
     cdef uint8_t *buffer
     cdef double now
@@ -424,6 +435,7 @@ cdef class Lane:
         self.per_session = limits.streams_per_session
         self.per_share = limits.streams_per_share
         self.tails = set()
+        self.looks = []
         self.connections = set()
         self.services = {}
         self.loop = asyncio.get_running_loop()
@@ -450,7 +462,17 @@ cdef class Lane:
     def _ticked(self):
         self._timer = self.loop.call_later(1.0, self._ticked)
         self._look_at_the_clock()
-        self.tick(monotonic())
+        if self.log_size:
+            self.log_flush()
+        if self._rest is None:
+            self.looks = [*self.tails, *self.stuck]
+            self._round()
+
+    def _round(self):
+        """Some of what is due, and the rest later."""
+        self._rest = None
+        if self._due(monotonic(), LOOKS_AT_ONCE, ENDS_AT_ONCE):
+            self._rest = self.loop.call_soon(self._round)
 
     def _look_at_the_clock(self):
         self.wall_offset = wall_clock() - monotonic()
@@ -458,26 +480,41 @@ cdef class Lane:
 
     def tick(self, double now):
         """Carries out the time limits that have passed at `now` (monotonic)."""
+        if self.log_size:
+            self.log_flush()
+        self.looks = [*self.tails, *self.stuck]
+        while self._due(now, LOOKS_AT_ONCE, ENDS_AT_ONCE):
+            pass
+
+    @final
+    cdef bint _due(self, double now, int looks, int ends) except -1:
+        """At most so many looks and ends; whether there is more to do."""
         cdef int kind
         cdef PyObject *first
         cdef Connection connection
         self.now = now
-        for tail in list(self.tails):
-            connection = (<FastTail> tail).connection
-            if connection.transport is None or not self.unsent(connection.transport):
-                connection._forget_tail()
-        if self.log_size:
-            self.log_flush()
-        for stuck in list(self.stuck):
-            (<Connection> stuck)._look(now)
+        while self.looks and looks and ends:
+            look = self.looks.pop()
+            looks -= 1
+            if type(look) is FastTail:
+                connection = (<FastTail> look).connection
+                if connection.tail is look and (
+                        connection.transport is None or not self.unsent(connection.transport)):
+                    connection._forget_tail()
+            elif look in self.stuck and (<Connection> look)._look(now):
+                ends -= 1
         for kind in range(1, N_TIMERS):
             while True:
                 first = self.timers[kind].first
                 if first == NULL or (<Connection> first).due > now:
                     break
+                if ends == 0:
+                    return True
+                ends -= 1
                 connection = <Connection> first
                 connection._wait(T_NONE)
                 connection._expired(kind)
+        return len(self.looks) > 0
 
     def check(self):
         """Whether the lease has lapsed is looked at by whoever is about to relay something."""
@@ -497,6 +534,9 @@ cdef class Lane:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
         for connection in list(self.connections):
             (<Connection> connection)._cut(CANCEL)
         if self.log_size:
@@ -1853,11 +1893,11 @@ cdef class Connection:
         return 0
 
     @final
-    cdef int _look(self, double now) except -1:
-        """Whether the visitor took anything since the last look."""
+    cdef bint _look(self, double now) except -1:
+        """Whether it was cut, because the visitor took nothing for too long."""
         if self.transport is None or not (self.paused or self.lane.unsent(self.transport)):
             self.lane.stuck.pop(self, None)
-            return 0
+            return False
         acked = self.lane.acknowledged(self.transport)
         if acked != self.acked:
             self.acked = acked
@@ -1865,7 +1905,8 @@ cdef class Connection:
         elif now - self.acked_at >= self.lane.write_seconds:
             self.lane.stuck.pop(self, None)
             self.limited("write_progress_seconds", None)
-        return 0
+            return True
+        return False
 
     def _close_when_sent(self, double pause):
         """A closed socket cannot be reset any more: a revocation would come too late for what its kernel has."""

@@ -12,6 +12,7 @@ with the higher one of the two, and all three are shown. The short form has no s
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import re
@@ -36,6 +37,8 @@ pytestmark = pytest.mark.timeout(1800 if LONG else 240)
 ROUNDS = 3 if LONG else 1
 SECONDS, QUIET_SECONDS = (5.0, 4.0) if LONG else (1.5, 0.5)
 LIMIT_SECONDS = 2 if LONG else 1
+# Where times decide, attackers let others go first; where the machine is busy, they would never get to attack.
+BACK = ("back",) if LONG else ()
 # Some 300 requests a second: in the long form p99 is one of thousands.
 OTHERS = 4
 OTHERS_PAUSE = 0.01
@@ -283,7 +286,7 @@ class Floods:
         headers = self.world.headers(0)
         log = self.world.folder / f"flood-{entry.kind}.log"
         command = [sys.executable, flood.__file__, entry.kind, str(port), str(entry.visitors), str(SECONDS)]
-        command += [headers["Host"], headers["Authorization"].removeprefix("Bearer ")]
+        command += [headers["Host"], headers["Authorization"].removeprefix("Bearer "), *BACK]
         with Program(command, log=log) as program:
             await asyncio.to_thread(program.wait_for_line, "begun", seconds=60)
             async with self.others.asking(times):
@@ -321,6 +324,10 @@ class Floods:
         return ""
 
 
+async def served(world: World, visitor: int) -> bool:
+    return (await world.ask("/", visitor)).ok
+
+
 @pytest.mark.parametrize("lane", ["fast", "aiohttp"])
 async def test_floods(tmp_path: Path, lane: str) -> None:
     settings = f"fast_lane = {str(lane == 'fast').lower()}\n{SETTINGS}"
@@ -332,7 +339,7 @@ async def test_floods(tmp_path: Path, lane: str) -> None:
             edge, others = Edge(world), Others(world)
             floods = Floods(world, edge, others, sink)
             for number in range(1 + OTHERS):
-                assert (await world.ask("/", number)).ok
+                await until(functools.partial(served, world, number), f"visitor {number} is served")
             await floods.quiet([])
             begin = edge.memory
             rest = edge.process.num_fds()

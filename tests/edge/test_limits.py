@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from support.stack import Stack, read_head, running
 from guestpass.config import Limits
 from guestpass.edge.limits import TABLE, Refusals, client_of
 from guestpass.loop import unsent
+from guestpass_speedups.relay import ENDED_AT_ONCE
 from guestpass_speedups.session import FLOOR
 
 LANES = ("fast", "aiohttp")
@@ -305,6 +307,40 @@ async def test_who_reads_slowly_stays_and_who_reads_nothing_goes(
         writer.transport.abort()
         await stack.until(lambda: stack.edge.grants.all_streams == 0, "no stream is left")
         nothing.transport.abort()
+
+
+@pytest.mark.parametrize("first", ["GET / HT", "GET /forever HTTP/1.1"])
+async def test_who_came_together_is_ended_a_few_at_a_time(
+    app: Application, tmp_path: Path, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose time is over at the same moment, for a head or for reading. Others are served in between."""
+    loop = asyncio.get_running_loop()
+    turn = 0
+    ended: Counter[int] = Counter()
+
+    def next_turn() -> None:
+        nonlocal turn, ticker
+        turn += 1
+        ticker = loop.call_soon(next_turn)
+
+    settings = {"head_seconds": 1, "write_progress_seconds": 1}
+    async with limited(tmp_path, app, "fast", settings) as stack:
+        note = stack.edge.refusals.note
+
+        def noted(limit: str, who: str) -> str:
+            ended[turn] += 1
+            return note(limit, who)
+
+        monkeypatch.setattr(stack.edge.refusals, "note", noted)
+        for _ in range(60):
+            _reader, writer = await asyncio.open_connection("127.0.0.1", stack.port, limit=1024)
+            opened.append(writer)
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            writer.write(stack.head("GET", "/forever") if "forever" in first else first.encode())
+        ticker = loop.call_soon(next_turn)
+        await stack.until(lambda: ended.total() == 60, "all are ended", seconds=30)
+        ticker.cancel()
+    assert max(ended.values()) <= ENDED_AT_ONCE
 
 
 @pytest.mark.parametrize("lane", LANES)

@@ -1,6 +1,6 @@
 """Hostile visitors, as a process of their own so that they do not slow down the ones that are measured.
 
-    python flood.py KIND PORT COUNT SECONDS HOST TOKEN
+    python flood.py KIND PORT COUNT SECONDS HOST TOKEN [back]
 
 COUNT visitors from 127.0.0.2 behave badly towards 127.0.0.1:PORT, each again and again, for SECONDS. The line `begun`
 says that the first one is there; then one line of JSON how they were answered and what they did:
@@ -9,8 +9,8 @@ says that the first one is there; then one line of JSON how they were answered a
 
 "cut" is a connection that ended without an answer, "kept" one that the visitor had to end itself.
 
-What an attack costs the attacker is no part of what it does to others, but here both run on the same processors: so
-this process has the least priority that there is. It is paced, and a flood that was held up shows in what it did.
+What an attack costs the attacker is no part of what it does to others, but here both run on the same processors. So
+with `back` this process lets others go first. It is paced, and a flood that was held up shows in what it did.
 """
 
 from __future__ import annotations
@@ -282,10 +282,10 @@ KINDS: dict[str, Kind] = {
 
 
 def stand_back() -> None:
-    """Whoever else wants a processor gets it. The kernel weighs sessions first where it groups them (sched(7))."""
-    os.nice(19)
+    """Take a tenth of a processor that others want. Where the kernel groups sessions, it weighs these (sched(7))."""
+    os.nice(10)
     with contextlib.suppress(OSError):  # it does not
-        Path("/proc/self/autogroup").write_text("19")
+        Path("/proc/self/autogroup").write_text("10")
 
 
 async def main(kind: Kind, port: int, count: int, seconds: float, host: str, token: str) -> None:
@@ -318,8 +318,9 @@ async def main(kind: Kind, port: int, count: int, seconds: float, host: str, tok
 
 
 if __name__ == "__main__":
-    kind, port, count, seconds, host, token = sys.argv[1:]
-    stand_back()
+    kind, port, count, seconds, host, token, *back = sys.argv[1:]
+    if back:
+        stand_back()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     uvloop.run(main(KINDS[kind], int(port), int(count), float(seconds), host, token))

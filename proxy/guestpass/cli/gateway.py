@@ -146,9 +146,9 @@ async def _serve(config: GatewayConfig, output: Output) -> None:
             f"it serves {', '.join(services) or 'nothing yet'}.",
         )
         notify_systemd("READY=1", f"STATUS=Connected as {name}")
-        settle()
 
     agent = Agent(config, on_ready=ready)
+    settle()
     with Signals(on_reload=lambda: _reload(agent, config.file)) as signals:
         serving = asyncio.create_task(agent.run())
         for signalled in (signals.stop, signals.hurry):
