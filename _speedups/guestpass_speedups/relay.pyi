@@ -5,6 +5,10 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from guestpass_speedups.session import Budget
+
+CUT_BEYOND: int
+ENDED_AT_ONCE: int
 HELD_LIMIT: int
 VISITOR_GONE: int
 
@@ -20,6 +24,8 @@ class Load:
 class Client:
     name: str
     open: int
+    starting: int  # TLS handshakes under way
+    windows: Budget  # what the windows of its streams may grow by, all together
     def __init__(self, name: str) -> None: ...
 
 class Bucket:
@@ -67,6 +73,7 @@ class Lane:
         unsent: Callable[[asyncio.WriteTransport], int],
         resume_reading: Callable[[asyncio.ReadTransport], None],
         acknowledged: Callable[[asyncio.WriteTransport], int],
+        waiting: Callable[[asyncio.WriteTransport], int],
         limits: Any,
         fast: bool,
     ) -> None: ...

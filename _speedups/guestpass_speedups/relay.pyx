@@ -26,7 +26,9 @@ that came in the same frame; an answer that is complete is written at once, what
 `writelines` per turn of the loop.
 
 **Credit** is given for what was handed to a transport that is not paused. While it is paused, bytes are counted in
-`unconsumed`, and the gateway stops when the window is full. Reading the tunnel never stops.
+`unconsumed`, and the gateway stops when the window is full. Reading the tunnel never stops. A window grows only while
+the kernel sends what it was given (`moves_on`): a visitor who reads nothing gets the smallest, however much its kernel
+and ours have taken. What all windows of one client grow by is bounded (CLIENT_WINDOWS): it may read fast, then stop.
 
 **The access log** costs a branch where it is off. Where it is on, a stream is born with the part of its line that is
 known then (`begun`), and whoever ends it appends the line to `Lane.log`, which goes out as one piece.
@@ -40,8 +42,10 @@ the process or the machine is frozen. It is looked at before anything that was r
 written; when it has lapsed, `lapsed` ends every stream first.
 
 **Time limits** need no timer per connection: each kind has one length, so a list in order of entry is in order of
-expiry. `tick` looks at the first of each, once a second. One does not fit, that the visitor reads: connections with
-output that does not leave are in `stuck`, and `tick` asks the kernel whether the visitor acknowledged anything.
+expiry. The clock looks at the first of each, once a second. One does not fit, that the visitor reads: connections with
+output that does not leave are in `stuck`, and the clock asks the kernel whether the visitor acknowledged anything. All
+that is due at the same time, because it came at the same time, is done a little in each turn of the loop (`_round`):
+those whom it is not about do not wait for it.
 
 **Number limits** are counted on objects that are at hand: a Client has its open connections (behind a trusted proxy:
 its requests under way), a session's grant its streams, a share's Load the streams of all of its sessions. What is over
@@ -115,6 +119,7 @@ from guestpass_speedups.session cimport (
     REVOKED,
     TIMEOUT,
     UNREACHABLE,
+    Budget,
     Session,
     Stream,
 )
@@ -155,6 +160,13 @@ cdef enum:
     LOG_PATH = 2048
     LOG_ESCAPED = 2560
 
+cdef enum:
+    # What the clock does in one turn of the loop: connections it looks at, 3 µs each, and ends, 60 µs each.
+    LOOKS_AT_ONCE = 256
+    ENDS_AT_ONCE = 16
+
+ENDED_AT_ONCE = ENDS_AT_ONCE
+
 cdef double LINGER_SECONDS = 2.0        # answered before the request had ended
 # How soon, and then how often, it is looked whether the visitor has all of an answer, before its connection is closed.
 cdef double SENT_FIRST = 0.001
@@ -163,12 +175,18 @@ cdef double HALF_CLOSED_SECONDS = 10.0  # the application's last bytes after a v
 # How exactly the last use of a session is known. Nobody asks for less than a minute.
 cdef double USED_SECONDS = 1.0
 
+# What one client's windows may grow by beyond their floors, all together: it may stop reading with all of them full.
+# Two of the largest windows.
+cdef enum:
+    CLIENT_WINDOWS = 33554432
+
 # Connections of one client beyond its limit are told so, and held until the answer has arrived; those beyond this many
 # times the limit are cut at once.
 cdef enum:
     CUT_FACTOR = 2
 
 HELD_LIMIT = HELD_MAX
+CUT_BEYOND = CUT_FACTOR
 
 cdef enum:      # phases
     P_NEW
@@ -247,9 +265,12 @@ cdef class Client:
     cdef object __weakref__
     cdef readonly str name
     cdef readonly Py_ssize_t open
+    cdef public Py_ssize_t starting  # TLS handshakes under way
+    cdef readonly Budget windows    # what the windows of its streams may grow by
 
     def __init__(self, str name not None):
         self.name = name
+        self.windows = Budget(CLIENT_WINDOWS)
 
 
 cdef class Bucket:
@@ -357,6 +378,7 @@ cdef class Lane:
     cdef object unsent
     cdef object resume_reading
     cdef object acknowledged
+    cdef object waiting
     cdef object clients             # by name, as long as a connection refers to them
     cdef bint logging               # there is an access log
     cdef bint log_paths
@@ -373,7 +395,9 @@ cdef class Lane:
     cdef Py_ssize_t per_session
     cdef Py_ssize_t per_share
     cdef set tails
+    cdef list looks                 # tails and stuck connections that the clock has not looked at yet
     cdef object _timer
+    cdef object _rest               # the handle of what the clock has left to do
     cdef bytearray storage          # never resized
     cdef uint8_t *buffer
     cdef double now
@@ -393,7 +417,7 @@ cdef class Lane:
     cdef public object lapsed
 
     def __init__(self, *, dict cookies, dict tokens, bytes bearer, dict statuses, buckets, abort_now, unsent,
-                 resume_reading, acknowledged, limits, bint fast):
+                 resume_reading, acknowledged, waiting, limits, bint fast):
         """`limits` has the keys of `[limits]` as attributes."""
         cdef int index
         self.fast = fast
@@ -405,6 +429,7 @@ cdef class Lane:
         self.unsent = unsent
         self.resume_reading = resume_reading
         self.acknowledged = acknowledged
+        self.waiting = waiting
         self.clients = weakref.WeakValueDictionary()
         self.stuck = {}
         self.write_seconds = limits.write_progress_seconds
@@ -414,6 +439,7 @@ cdef class Lane:
         self.per_session = limits.streams_per_session
         self.per_share = limits.streams_per_share
         self.tails = set()
+        self.looks = []
         self.connections = set()
         self.services = {}
         self.loop = asyncio.get_running_loop()
@@ -440,7 +466,17 @@ cdef class Lane:
     def _ticked(self):
         self._timer = self.loop.call_later(1.0, self._ticked)
         self._look_at_the_clock()
-        self.tick(monotonic())
+        if self.log_size:
+            self.log_flush()
+        if self._rest is None:
+            self.looks = [*self.tails, *self.stuck]
+            self._round()
+
+    def _round(self):
+        """Some of what is due, and the rest later."""
+        self._rest = None
+        if self._due(monotonic(), LOOKS_AT_ONCE, ENDS_AT_ONCE):
+            self._rest = self.loop.call_soon(self._round)
 
     def _look_at_the_clock(self):
         self.wall_offset = wall_clock() - monotonic()
@@ -448,26 +484,41 @@ cdef class Lane:
 
     def tick(self, double now):
         """Carries out the time limits that have passed at `now` (monotonic)."""
+        if self.log_size:
+            self.log_flush()
+        self.looks = [*self.tails, *self.stuck]
+        while self._due(now, LOOKS_AT_ONCE, ENDS_AT_ONCE):
+            pass
+
+    @final
+    cdef bint _due(self, double now, int looks, int ends) except -1:
+        """At most so many looks and ends; whether there is more to do."""
         cdef int kind
         cdef PyObject *first
         cdef Connection connection
         self.now = now
-        for tail in list(self.tails):
-            connection = (<FastTail> tail).connection
-            if connection.transport is None or not self.unsent(connection.transport):
-                connection._forget_tail()
-        if self.log_size:
-            self.log_flush()
-        for stuck in list(self.stuck):
-            (<Connection> stuck)._look(now)
+        while self.looks and looks and ends:
+            look = self.looks.pop()
+            looks -= 1
+            if type(look) is FastTail:
+                connection = (<FastTail> look).connection
+                if connection.tail is look and (
+                        connection.transport is None or not self.unsent(connection.transport)):
+                    connection._forget_tail()
+            elif look in self.stuck and (<Connection> look)._look(now):
+                ends -= 1
         for kind in range(1, N_TIMERS):
             while True:
                 first = self.timers[kind].first
                 if first == NULL or (<Connection> first).due > now:
                     break
+                if ends == 0:
+                    return True
+                ends -= 1
                 connection = <Connection> first
                 connection._wait(T_NONE)
                 connection._expired(kind)
+        return len(self.looks) > 0
 
     def check(self):
         """Whether the lease has lapsed is looked at by whoever is about to relay something."""
@@ -487,6 +538,9 @@ cdef class Lane:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
         for connection in list(self.connections):
             (<Connection> connection)._cut(CANCEL)
         if self.log_size:
@@ -922,6 +976,12 @@ cdef class FastStream(Stream):
             connection.blocked = False
             connection._sync_reading()
         return 0
+
+    cdef bint moves_on(self, uint64_t used) except -1:
+        cdef Connection connection = self.connection
+        if connection is None or connection.paused:
+            return False
+        return connection.transport is None or connection.lane.waiting(connection.transport) < used
 
     cdef int on_closed(self) except -1:
         if self.connection is not None:     # a fault of our own, or an end that nobody announced
@@ -1483,6 +1543,8 @@ cdef class Connection:
         stream.load = entry.load
         stream.load.streams += 1
         stream.connection = self
+        if self.client is not None:
+            stream.allow(self.client.windows)
         stream.upgrade = upgrade
         stream.to_head = REQUEST.method_id == M_HEAD
         stream.retryable = self.framing == BODY_NONE and not upgrade and (
@@ -1881,11 +1943,11 @@ cdef class Connection:
         return 0
 
     @final
-    cdef int _look(self, double now) except -1:
-        """Whether the visitor took anything since the last look."""
+    cdef bint _look(self, double now) except -1:
+        """Whether it was cut, because the visitor took nothing for too long."""
         if self.transport is None or not (self.paused or self.lane.unsent(self.transport)):
             self.lane.stuck.pop(self, None)
-            return 0
+            return False
         acked = self.lane.acknowledged(self.transport)
         if acked != self.acked:
             self.acked = acked
@@ -1893,7 +1955,8 @@ cdef class Connection:
         elif now - self.acked_at >= self.lane.write_seconds:
             self.lane.stuck.pop(self, None)
             self.limited("write_progress_seconds", None)
-        return 0
+            return True
+        return False
 
     def _close_when_sent(self, double pause):
         """A closed socket cannot be reset any more: a revocation would come too late for what its kernel has."""

@@ -104,9 +104,11 @@ cdef class Session
 cdef class Stream:
     cdef public object handler
     cdef public object context
+    cdef public object waiting      # () → bytes that were consumed and have not moved on; None: nobody knows
     cdef readonly Session session
 
     cdef PyObject *budget           # owned; no Python attribute, so that __dealloc__ may still use it
+    cdef PyObject *allowance        # owned, or NULL: the Budget of whoever this stream is for
     cdef uint32_t number
     cdef uint32_t reset_code
     cdef uint8_t state_             # a State: what has passed on the wire, and nothing that is only queued
@@ -145,6 +147,7 @@ cdef class Stream:
     cdef uint64_t consumed_
     cdef uint64_t window_
     cdef uint64_t promised          # `window_` until FIN, then what is unconsumed; 0 after a reset
+    cdef uint64_t allowed           # of that, by `allowance`
     cdef uint64_t credit_due        # `consumed_` at which CREDIT is due; 0 when no more will be given
     cdef uint64_t body_size         # what the peer will send in all (`expects`); NEVER: nobody knows
     cdef uint64_t epoch_offset
@@ -164,6 +167,9 @@ cdef class Stream:
     cdef int on_reset(self, uint32_t code) except -1
     cdef int on_writable(self) except -1
     cdef int on_closed(self) except -1
+    # Whether what was consumed also moves on: of the last `used` bytes less waits further down. Called before a window
+    # grows, while output is made: it looks, and changes nothing.
+    cdef bint moves_on(self, uint64_t used) except -1
 
     # What the owner calls.
     cdef int send_head_raw(self, const unsigned char *head, Py_ssize_t size, bint interim, bint fin) except -1
@@ -182,6 +188,8 @@ cdef class Stream:
     cdef int _hand_on(self, const unsigned char *data, Py_ssize_t size, bint fin) except -1
     cdef int _consumed(self, uint64_t size) except -1
     cdef void _shrink_promise(self, uint64_t size) noexcept
+    cdef bint _promise_more(self, uint64_t size) noexcept
+    cdef int allow(self, Budget allowance) except -1
     cdef int _accept_send(self) except -1
 
 

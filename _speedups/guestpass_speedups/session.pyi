@@ -1,5 +1,6 @@
 """Sans-I/O session of one tunnel: streams, credit, scheduling. Wire format and rules: guestpass/mux/SPEC.md."""
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, Protocol
 
@@ -71,6 +72,7 @@ class Stream:
 
     handler: StreamHandler | None
     context: Any  # free for the owner
+    waiting: Callable[[], int] | None  # how much of what was consumed waits further down: while it is much, the window does not grow
     @property
     def id(self) -> int: ...
     @property
@@ -94,6 +96,7 @@ class Stream:
     #   Queues all of it (the caller stops when it returns False, until `stream_writable`). `data` must be bytes: it is kept, not copied.
     #   On a stream that was reset or whose tunnel is gone: dropped, False. RuntimeError after FIN, or before the gateway's final head.
     def send_trailers(self, trailers: bytes) -> None: ...  # ends this direction
+    def set_allowance(self, allowance: Budget) -> None: ...  # what the window grows by counts there as well; once
     def consume(self, size: int) -> None: ...
     def expect(self, size: int) -> None: ...
     #   `size` more bytes were handed on *and* drained from the local transport: credit may be given again. Call it after FIN, and

@@ -33,7 +33,9 @@ nothing overtakes them there.
 **Credit.** `granted` is the absolute offset up to which the peer may send, `consumed_ + window_` when CREDIT
 was last written. The window is promised by the process-wide Budget. After the peer's FIN the promise shrinks
 to what is unconsumed, and a Stream gives back what is left when it is freed, so the Budget bounds real
-memory.
+memory. A window grows only while what was consumed moves on (`moves_on`): behind a reader that has stopped, its own
+socket takes the first bytes as fast as any. What it grows by is promised by the stream's `allowance` besides, where
+it has one: the windows of one visitor do not take what there is for all.
 
 **Callbacks.** From `receive`: at once. From `fill`: after all bytes were written (`due`), since they may call
 anything. `receive` and `fill` are not reentrant in themselves; every other method may be called from every
@@ -411,6 +413,9 @@ cdef class Stream:
         if self.budget != NULL:
             (<Budget> self.budget).give_back(self.promised)
             Py_DECREF(<Budget> self.budget)
+        if self.allowance != NULL:
+            (<Budget> self.allowance).give_back(self.allowed)
+            Py_DECREF(<Budget> self.allowance)
 
     def __repr__(self):
         return f"<Stream {self.number} {self.state}>"
@@ -489,7 +494,21 @@ cdef class Stream:
             self.handler.stream_closed(self)
         return 0
 
+    cdef bint moves_on(self, uint64_t used) except -1:
+        return self.waiting is None or self.waiting() < used
+
     # -- what the owner calls --------------------------------------------------------------------------------
+
+    def set_allowance(self, Budget allowance not None):
+        """The window grows out of this budget, too. Once, before anything has come."""
+        self.allow(allowance)
+
+    cdef int allow(self, Budget allowance) except -1:
+        if self.allowance != NULL:
+            raise RuntimeError("the stream has an allowance already")
+        Py_INCREF(allowance)
+        self.allowance = <PyObject *> allowance
+        return 0
 
     def send_head(self, bytes head not None, *, bint interim=False, bint fin=False):
         """Gateway: queues a response head. ValueError: over MAX_HEAD bytes; RuntimeError: out of order."""
@@ -738,6 +757,22 @@ cdef class Stream:
         if self.promised > size:
             (<Budget> self.budget).give_back(self.promised - size)
             self.promised = size
+        if self.allowed > size:
+            (<Budget> self.allowance).give_back(self.allowed - size)
+            self.allowed = size
+
+    @final
+    cdef bint _promise_more(self, uint64_t size) noexcept:
+        if self.allowance != NULL and not (<Budget> self.allowance).take_floor(size):
+            return False
+        if not (<Budget> self.budget).take_growth(size):
+            if self.allowance != NULL:
+                (<Budget> self.allowance).give_back(size)
+            return False
+        self.promised += size
+        if self.allowance != NULL:
+            self.allowed += size
+        return True
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1407,6 +1442,7 @@ cdef class Session:
         except Exception as exc:
             self._report(stream, exc)
         stream.handler = None       # a handler often knows its stream: break the cycle
+        stream.waiting = None
         return 0
 
     @final
@@ -1753,7 +1789,7 @@ cdef class Session:
 
     @final
     cdef int _grant(self, Stream stream, unsigned char *out) except -1:
-        """Writes CREDIT. Doubles the window first if it limits the stream (quic-go's rule).
+        """Writes CREDIT. Doubles the window first if it limits the stream (quic-go's rule), and nothing else does.
 
         By the least of the last RTTs: a window that fills queues makes the RTT rise, and must not grow by that.
         """
@@ -1762,9 +1798,8 @@ cdef class Session:
         cdef double took = self.now - stream.epoch_started
         if self.rtt_least > 0 and took * <double> stream.window_ < 4.0 * used * self.rtt_least:
             more = min(2 * stream.window_, self.max_window) - stream.window_
-            if more and self.budget.take_growth(more):
+            if more and stream.moves_on(<uint64_t> used) and stream._promise_more(more):
                 stream.window_ += more
-                stream.promised += more
         stream.epoch_offset = stream.consumed_
         stream.epoch_started = self.now
         stream.granted = stream.consumed_ + stream.window_

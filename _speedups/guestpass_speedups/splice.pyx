@@ -106,6 +106,9 @@ cdef class Near(Stream):
     cdef int on_writable(self) except -1:
         return 0 if self.far is None else self.far.pay()
 
+    cdef bint moves_on(self, uint64_t used) except -1:
+        return self.far is None or not self.far.want_writable
+
     cdef int on_closed(self) except -1:
         cdef Far far = self.far
         self.far = None
@@ -152,6 +155,9 @@ cdef class Far(Stream):
 
     cdef int on_writable(self) except -1:
         return 0 if self.near is None else self.near.pay()
+
+    cdef bint moves_on(self, uint64_t used) except -1:
+        return self.near is None or not self.near.want_writable
 
     cdef int on_closed(self) except -1:
         cdef Near near = self.near

@@ -37,6 +37,9 @@ TLS_SHUTDOWN_TIMEOUT = 2.0
 # Where Linux has tcpi_bytes_acked in struct tcp_info (linux/tcp.h), 64 bits in the machine's order.
 _BYTES_ACKED = slice(120, 128)
 
+# linux/sockios.h: bytes that the kernel has not sent yet. Python has no name for it.
+_SIOCOUTQNSD = 0x894B
+
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 
 if sys.platform != "win32":
@@ -166,6 +169,19 @@ def unsent(transport: asyncio.WriteTransport) -> int:
         return waiting + int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
     except (OSError, ValueError):  # closed already
         return 0
+
+
+def waiting(transport: asyncio.WriteTransport) -> int:
+    """How many bytes that were written have not set out for the peer: in the process, and in our kernel, because the
+    peer or the network takes no more now. What was sent and is not acknowledged yet is not among them."""
+    held = transport.get_write_buffer_size()
+    sock = transport.get_extra_info("socket")
+    if sock is None or sys.platform != "linux":
+        return held
+    try:
+        return held + int.from_bytes(fcntl.ioctl(sock.fileno(), _SIOCOUTQNSD, bytes(4)), sys.byteorder)
+    except (OSError, ValueError):  # closed already, or not TCP
+        return held
 
 
 def acknowledged(transport: asyncio.WriteTransport) -> int:

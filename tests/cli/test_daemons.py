@@ -90,6 +90,17 @@ def test_the_edge_is_ready_reloads_and_ends(edge_toml, tmp_path):
     assert key.read_text().strip() not in log
 
 
+def test_what_the_edge_starts_with_is_not_looked_at_for_garbage_again(edge_toml, tmp_path):
+    """A full collection of the garbage collector stopped everybody for a tenth of a second."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, gc, sys\natexit.register(lambda: print('frozen', gc.get_freeze_count(), file=sys.stderr))\n"
+    )
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))}
+    with daemon("edge", "--config", str(edge_toml), "--json", env=env) as (process, _line):
+        _, log = ended(process)
+    assert int(log.split()[log.split().index("frozen") + 1]) > 50_000
+
+
 def test_the_edge_says_so_to_people(edge_toml):
     with daemon("edge", "--config", str(edge_toml)) as (process, line):
         assert line.startswith("The edge http://localhost:")

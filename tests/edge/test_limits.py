@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import io
 import logging
+import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from support.stack import Stack, read_head, running
 
 from guestpass.config import Limits
 from guestpass.edge.limits import TABLE, Refusals, client_of
+from guestpass.loop import unsent
+from guestpass_speedups.relay import ENDED_AT_ONCE
+from guestpass_speedups.session import FLOOR
 
 LANES = ("fast", "aiohttp")
 MB = 1 << 20
@@ -302,6 +307,85 @@ async def test_who_reads_slowly_stays_and_who_reads_nothing_goes(
         writer.transport.abort()
         await stack.until(lambda: stack.edge.grants.all_streams == 0, "no stream is left")
         nothing.transport.abort()
+
+
+@pytest.mark.parametrize("first", ["GET / HT", "GET /forever HTTP/1.1"])
+async def test_who_came_together_is_ended_a_few_at_a_time(
+    app: Application, tmp_path: Path, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose time is over at the same moment, for a head or for reading. Others are served in between."""
+    loop = asyncio.get_running_loop()
+    turn = 0
+    ended: Counter[int] = Counter()
+
+    def next_turn() -> None:
+        nonlocal turn, ticker
+        turn += 1
+        ticker = loop.call_soon(next_turn)
+
+    settings = {"head_seconds": 1, "write_progress_seconds": 1}
+    async with limited(tmp_path, app, "fast", settings) as stack:
+        note = stack.edge.refusals.note
+
+        def noted(limit: str, who: str) -> str:
+            ended[turn] += 1
+            return note(limit, who)
+
+        monkeypatch.setattr(stack.edge.refusals, "note", noted)
+        for _ in range(60):
+            _reader, writer = await asyncio.open_connection("127.0.0.1", stack.port, limit=1024)
+            opened.append(writer)
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            writer.write(stack.head("GET", "/forever") if "forever" in first else first.encode())
+        ticker = loop.call_soon(next_turn)
+        await stack.until(lambda: ended.total() == 60, "all are ended", seconds=30)
+        ticker.cancel()
+    assert max(ended.values()) <= ENDED_AT_ONCE
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_windows_stay_small_for_who_reads_nothing(app: Application, tmp_path: Path, lane: str) -> None:
+    """The kernel's buffer takes the first megabytes as fast as any visitor."""
+    async with limited(tmp_path, app, lane, {}) as stack:
+        await stack.session.close()
+        for _ in range(8):
+            sock = socket.socket()
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", stack.port))
+            reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
+            opened.append(writer)
+            writer.write(stack.head("GET", "/forever"))
+            await reader.readexactly(100)
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+        connections = stack.edge.lane.connections
+        held, looks = [0], 0
+        async with asyncio.timeout(20):
+            while looks < 5:  # until nothing moves any more
+                before, held = held, [unsent(connection.transport) for connection in connections]
+                looks = looks + 1 if held == before and all(c.paused for c in connections) else 0
+                await asyncio.sleep(0.1)
+        assert stack.edge.lane.client("127.0.0.1").windows.promised <= 8 * 3 * FLOOR
+        assert max(held) < MB  # of that of the kernel 256 KiB and the last piece; it would take 4 MB
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_windows_of_one_client_share_an_allowance(app: Application, tmp_path: Path, lane: str) -> None:
+    async with limited(tmp_path, app, lane, {}) as stack:
+        await stack.session.close()
+        readers = [await asyncio.open_connection("127.0.0.1", stack.port) for _ in range(4)]
+        windows = stack.edge.lane.client("127.0.0.1").windows
+        assert windows.promised == 0
+        windows.limit = 5 * FLOOR
+        for _, writer in readers:
+            opened.append(writer)
+            writer.write(stack.head("GET", "/forever"))
+        for _ in range(40):
+            await asyncio.gather(*(reader.readexactly(MB // 4) for reader, _ in readers))
+        assert 0 < windows.promised <= 5 * FLOOR
+        for _, writer in readers:
+            writer.transport.abort()
+        await stack.until(lambda: windows.promised == 0, "nothing is promised any more")
 
 
 @pytest.mark.parametrize("lane", LANES)

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import ssl
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -334,6 +335,70 @@ async def test_silence_and_plain_text_end_and_leave_nothing(
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
     await stack.until(lambda: len(os.listdir("/proc/self/fd")) <= before, "descriptors are closed")
+
+
+@pytest.mark.parametrize("first", [b"", b"\x16", HELLO[:100]])
+async def test_handshakes_count_for_their_client(tmp_path: Path, first: bytes) -> None:
+    """Before anybody has said anything."""
+    limits = {"limits": {"connections_per_client": 4}}
+    async with RawServer(answer) as app, running(tmp_path, app.url, config=limits) as stack:
+        await stack.session.close()
+        client = stack.edge.lane.client("127.0.0.1")
+        await stack.until(lambda: client.open == client.starting == 0, "the tunnels do not count")
+        some = [await asyncio.open_connection("127.0.0.1", port_of(stack)) for _ in range(4)]
+        for _, writer in some:
+            writer.write(first)
+        await stack.until(lambda: client.starting == 4, "four have begun")
+        for _ in range(3):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port_of(stack))
+            assert await asyncio.wait_for(reader.read(), 10) == b""
+            writer.close()
+        assert (client.open, client.starting) == (0, 4)
+        found = stack.edge.metrics.registry.get_sample_value(
+            "guestpass_refusals_total", {"reason": "connections_per_client"}
+        )
+        assert found == 3
+        for _, writer in some:
+            writer.transport.abort()
+        await stack.until(lambda: client.starting == 0, "nobody is left")
+        assert "localhost" in await asyncio.to_thread(served, port_of(stack), "localhost")
+        await stack.until(lambda: client.open == client.starting == 0, "that one neither")
+
+
+async def test_a_few_handshakes_are_answered_in_a_turn() -> None:
+    """However many come at once; in between the loop looks after others."""
+    loop = asyncio.get_running_loop()
+    turn = 0
+    chosen: Counter[int] = Counter()
+
+    def next_turn() -> None:
+        nonlocal turn, ticker
+        turn += 1
+        ticker = loop.call_soon(next_turn)
+
+    def choose(name: str | None) -> None:
+        assert name == "a.example.org"
+        chosen[turn] += 1
+
+    sock = socket.create_server(("127.0.0.1", 0), backlog=100)
+    sock.setblocking(False)
+    visitors = [socket.create_connection(sock.getsockname()) for _ in range(60)]
+    for visitor in visitors:
+        visitor.setblocking(False)
+        visitor.send(hello("a.example.org"))
+    ticker = loop.call_soon(next_turn)
+    server = tls.TlsServer(sock, asyncio.Protocol, choose, lambda: False)
+    try:
+        async with asyncio.timeout(10):
+            for visitor in visitors:
+                assert await loop.sock_recv(visitor, 100) == tls.UNRECOGNIZED_NAME
+    finally:
+        ticker.cancel()
+        server.close()
+        for visitor in visitors:
+            visitor.close()
+    assert chosen.total() == 60
+    assert max(chosen.values()) == tls.ANSWERED_AT_ONCE
 
 
 async def test_without_any_certificate_the_name_is_not_recognised(tmp_path: Path) -> None:

@@ -1013,6 +1013,41 @@ def test_windows_do_not_grow_into_the_last_quarter_of_the_budget() -> None:
         link.both.open()
 
 
+def test_windows_do_not_grow_while_what_was_consumed_waits() -> None:
+    """A socket takes the first bytes at once, whether anybody reads them or not."""
+    link = Link(0.1)
+    waits = [1 << 20]
+    link.stream.waiting = lambda: waits[0]
+    while link.gateway.queued < 10 << 20:
+        link.gateway.send(bytes(1 << 20))
+    for _ in range(5):
+        assert link.turn() == FLOOR
+    assert link.stream.window == FLOOR
+    waits[0] = 0
+    link.turn()
+    assert link.stream.window == 2 * FLOOR
+
+
+def test_windows_grow_out_of_an_allowance_too() -> None:
+    link = Link(0.1)
+    allowance = Budget(3 * FLOOR)
+    link.stream.set_allowance(allowance)
+    with pytest.raises(RuntimeError):
+        link.stream.set_allowance(allowance)
+    while link.gateway.queued < 10 << 20:
+        link.gateway.send(bytes(1 << 20))
+    for _ in range(20):
+        link.turn()
+    assert link.stream.window == 4 * FLOOR
+    assert allowance.promised == 3 * FLOOR
+    link.both.edge_budget.limit = 0  # the budget of all has no more: nothing is taken of the allowance either
+    allowance.limit = MAX_WINDOW
+    link.turn()
+    assert allowance.promised == 3 * FLOOR
+    link.stream.reset(ErrorCode.CANCEL)
+    assert allowance.promised == 0
+
+
 def test_budget_is_kept_until_the_last_byte_is_consumed() -> None:
     both = Pair()
     edge, handler, gateway, _ = both.exchange(fin=True)

@@ -1,10 +1,16 @@
 """Hostile visitors, as a process of their own so that they do not slow down the ones that are measured.
 
-    python flood.py KIND PORT COUNT SECONDS HOST TOKEN
+    python flood.py KIND PORT COUNT SECONDS HOST TOKEN [back]
 
-COUNT connections from 127.0.0.2 to 127.0.0.1:PORT behave badly for SECONDS; then one line of JSON says how they were
-answered: `{"408 head_seconds": 50, "cut": 3}`, "cut" being a connection that ended without an answer and "kept" one
-that the visitor had to end itself.
+COUNT visitors from 127.0.0.2 behave badly towards 127.0.0.1:PORT, each again and again, for SECONDS. The line `begun`
+says that the first one is there; then one line of JSON how they were answered and what they did:
+
+    {"answers": {"408 head_seconds": 50, "cut": 3}, "connections": 53, "bytes": 9000, "cpu": 0.2}
+
+"cut" is a connection that ended without an answer, "kept" one that the visitor had to end itself.
+
+What an attack costs the attacker is no part of what it does to others, but here both run on the same processors. So
+with `back` this process lets others go first. It is paced, and a flood that was held up shows in what it did.
 """
 
 from __future__ import annotations
@@ -12,12 +18,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
+import resource
 import socket
+import ssl
 import struct
 import sys
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import uvloop
 
@@ -25,11 +37,17 @@ SOURCE = ("127.0.0.2", 0)
 RESET = struct.pack("ii", 1, 0)
 PING = b"\x89\x84\x01\x02\x03\x04" + bytes(4)
 
-# Connections come at this rate when they are what is flooded with, a second; all others come during the first half.
+# Visitors come within so many seconds; those who come once do so at this rate, a second.
+RAMP = 0.5
 ARRIVALS = 400.0
 
 # Whoever is not answered so long after the end was kept.
 GRACE_SECONDS = 8.0
+
+# Of an endless download so much is read by those who stop later.
+READ_FIRST = 2_000_000
+
+DONE: Counter[str] = Counter()
 
 
 class Visitor:
@@ -42,7 +60,7 @@ class Visitor:
     def going(self) -> bool:
         return asyncio.get_running_loop().time() < self.until
 
-    async def connect(self, window: int = 0) -> None:
+    async def connect(self, window: int = 0, limit: int = 4096) -> None:
         """`window`: what the kernel takes for a visitor who does not read."""
         sock = socket.socket()
         sock.setblocking(False)
@@ -50,7 +68,12 @@ class Visitor:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
         sock.bind(SOURCE)
         await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", self.port))
-        self.reader, self.writer = await asyncio.open_connection(sock=sock, limit=4096)
+        self.reader, self.writer = await asyncio.open_connection(sock=sock, limit=limit)
+        DONE["connections"] += 1
+
+    def send(self, data: bytes) -> None:
+        DONE["bytes"] += len(data)
+        self.writer.write(data)
 
     def head(self, method: str = "GET", path: str = "/", *lines: str) -> bytes:
         first = (f"{method} {path} HTTP/1.1", f"Host: {self.host}", f"Authorization: Bearer {self.token}")
@@ -99,72 +122,77 @@ async def slow_head(visitor: Visitor) -> str:
     for byte in visitor.head():
         if answer.done():
             break
-        visitor.writer.write(bytes((byte,)))
+        visitor.send(bytes((byte,)))
         await asyncio.sleep(0.1)
     return await answer
 
 
 async def slow_body(visitor: Visitor) -> str:
     await visitor.connect()
-    visitor.writer.write(visitor.head("POST", "/", "Content-Length: 1000000") + b"x")
+    visitor.send(visitor.head("POST", "/", "Content-Length: 1000000") + b"x")
     return await visitor.answer()
 
 
-async def slow_reader(visitor: Visitor) -> str:
-    await visitor.connect(window=4096)
-    visitor.writer.write(visitor.head("GET", "/forever"))
+async def _unread(visitor: Visitor, first: int) -> str:
+    visitor.send(visitor.head("GET", "/forever"))
     head = await visitor.reader.read(100)
     if not head.startswith(b"HTTP/1.1 200 "):
         return outcome(head + await visitor.reader.read(4096))
+    if first:
+        await visitor.reader.readexactly(first)
     visitor.writer.transport.pause_reading()  # type: ignore[attr-defined]
     return await visitor.gone()
 
 
+async def slow_reader(visitor: Visitor) -> str:
+    await visitor.connect(window=4096)
+    return await _unread(visitor, 0)
+
+
+async def late_reader(visitor: Visitor) -> str:
+    await visitor.connect(limit=1 << 18)
+    return await _unread(visitor, READ_FIRST)
+
+
 async def connections(visitor: Visitor) -> str:
     await visitor.connect()
-    visitor.writer.write(visitor.head())
+    visitor.send(visitor.head())
     return await visitor.answer()
 
 
 async def giant_head(visitor: Visitor) -> str:
-    while True:
-        await visitor.connect()
-        with contextlib.suppress(ConnectionError):
-            visitor.writer.write(visitor.head()[:-2] + b"X-Giant: " + b"x" * 200_000)
-            await visitor.writer.drain()
-        found = await visitor.answer()
-        visitor.writer.transport.abort()
-        if not visitor.going or not found.startswith("431"):
-            return found
+    await visitor.connect()
+    with contextlib.suppress(ConnectionError):
+        visitor.send(visitor.head()[:-2] + b"X-Giant: " + b"x" * 200_000)
+        await visitor.writer.drain()
+    return await visitor.answer()
 
 
 async def endless_upload(visitor: Visitor) -> str:
     await visitor.connect()
-    visitor.writer.write(visitor.head("POST", "/", "Transfer-Encoding: chunked"))
+    visitor.send(visitor.head("POST", "/", "Transfer-Encoding: chunked"))
     answer = asyncio.ensure_future(visitor.answer())
     piece = b"4000\r\n" + bytes(0x4000) + b"\r\n"
     with contextlib.suppress(ConnectionError):
         while not answer.done():
-            visitor.writer.write(piece)
+            visitor.send(piece)
             await visitor.writer.drain()
             await asyncio.sleep(0.01)
     return await answer
 
 
 async def resets(visitor: Visitor) -> str:
-    while visitor.going:
-        await visitor.connect()
-        visitor.writer.write(visitor.head("GET", "/never"))
-        await asyncio.sleep(0.2)
-        visitor.reset()
-        await asyncio.sleep(0.2)
+    await visitor.connect()
+    visitor.send(visitor.head("GET", "/never"))
+    await asyncio.sleep(0.2)
+    visitor.reset()
     return "reset"
 
 
 async def upgraded(visitor: Visitor) -> bool:
     await visitor.connect()
     lines = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13")
-    visitor.writer.write(
+    visitor.send(
         visitor.head(
             "GET",
             "/",
@@ -181,7 +209,7 @@ async def pings(visitor: Visitor) -> str:
         return "no upgrade"
     with contextlib.suppress(ConnectionError):
         while visitor.going:
-            visitor.writer.write(PING * 100)
+            visitor.send(PING * 100)
             await visitor.writer.drain()
             await asyncio.sleep(0.01)
     return await visitor.answer()
@@ -195,44 +223,104 @@ async def idle_upgrades(visitor: Visitor) -> str:
 
 async def too_many_streams(visitor: Visitor) -> str:
     await visitor.connect()
-    visitor.writer.write(visitor.head("POST", "/", "Content-Length: 1000000"))
+    visitor.send(visitor.head("POST", "/", "Content-Length: 1000000"))
     return await visitor.answer()
 
 
-KINDS: dict[str, Callable[[Visitor], Awaitable[str]]] = {
-    kind.__name__: kind
+def client_hello() -> bytes:
+    """The same for all: making a fresh one costs as much as answering it."""
+    context = ssl.create_default_context()
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(incoming, outgoing, server_hostname="localhost").do_handshake()
+    return outgoing.read()
+
+
+HELLO = client_hello()
+
+
+async def handshakes(visitor: Visitor) -> str:
+    """Has the server compute, and goes."""
+    await visitor.connect()
+    visitor.send(HELLO)
+    answered = await visitor.reader.read(1)
+    visitor.reset()
+    return "answered" if answered else "cut"
+
+
+async def slow_handshakes(visitor: Visitor) -> str:
+    await visitor.connect()
+    visitor.send(HELLO[:3])
+    return await visitor.answer()
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    attempt: Callable[[Visitor], Awaitable[str]]
+    rest: float | None = 0.1
+    """Seconds between two attempts of one visitor; None: each comes once."""
+
+
+KINDS: dict[str, Kind] = {
+    kind.attempt.__name__: kind
     for kind in (
-        slow_head,
-        slow_body,
-        slow_reader,
-        connections,
-        giant_head,
-        endless_upload,
-        resets,
-        pings,
-        idle_upgrades,
-        too_many_streams,
+        Kind(slow_head),
+        Kind(slow_body),
+        Kind(slow_reader),
+        Kind(late_reader),
+        Kind(connections, None),
+        Kind(giant_head, 0.02),
+        Kind(endless_upload),
+        Kind(resets, 0.2),
+        Kind(pings),
+        Kind(idle_upgrades),
+        Kind(too_many_streams),
+        Kind(handshakes, 0.02),
+        Kind(slow_handshakes),
     )
 }
 
 
-async def main(kind: str, port: int, count: int, seconds: float, host: str, token: str) -> None:
-    until = asyncio.get_running_loop().time() + seconds
+def stand_back() -> None:
+    """Take a tenth of a processor that others want. Where the kernel groups sessions, it weighs these (sched(7))."""
+    os.nice(10)
+    with contextlib.suppress(OSError):  # it does not
+        Path("/proc/self/autogroup").write_text("10")
 
-    async def one(number: int) -> str:
+
+async def main(kind: Kind, port: int, count: int, seconds: float, host: str, token: str) -> None:
+    until = asyncio.get_running_loop().time() + seconds
+    answers: Counter[str] = Counter()
+
+    async def attempt() -> None:
         visitor = Visitor(port, host, token, until)
-        await asyncio.sleep(number / ARRIVALS if kind == "connections" else number / count * seconds / 2)
         try:
-            return await KINDS[kind](visitor)
+            answers[await kind.attempt(visitor)] += 1
         except (OSError, EOFError):
-            return "cut"
+            answers["cut"] += 1
         finally:
             if hasattr(visitor, "writer"):
                 visitor.writer.transport.abort()
 
-    print(json.dumps(Counter(await asyncio.gather(*(one(number) for number in range(count))))), flush=True)
+    async def visit(number: int) -> None:
+        if kind.rest is None:
+            await asyncio.sleep(number / ARRIVALS)
+            await attempt()
+            return
+        await asyncio.sleep(number / count * RAMP)
+        while asyncio.get_running_loop().time() < until:
+            await attempt()
+            await asyncio.sleep(kind.rest)
+
+    print("begun", flush=True)
+    await asyncio.gather(*(visit(number) for number in range(count)))
+    print(json.dumps({"answers": answers, **DONE, "cpu": time.process_time()}), flush=True)
 
 
 if __name__ == "__main__":
-    kind, port, count, seconds, host, token = sys.argv[1:]
-    uvloop.run(main(kind, int(port), int(count), float(seconds), host, token))
+    kind, port, count, seconds, host, token, *back = sys.argv[1:]
+    if back:
+        stand_back()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    uvloop.run(main(KINDS[kind], int(port), int(count), float(seconds), host, token))

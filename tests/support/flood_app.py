@@ -6,12 +6,19 @@
     GET  … Upgrade      101, then it swallows what comes
     POST /              swallows the body: answers when `Content-Length` bytes have come, else never
 
-python flood_app.py         prints its URL
+python flood_app.py [NAME]      prints its URL
+python flood_app.py sink        is what a flood is compared with: an edge that costs nothing. It also ends
+
+    a head over 64 KiB          431
+    a body over 2 MB            413
+    a TLS handshake             an alert
 """
 
 from __future__ import annotations
 
 import asyncio
+import resource
+import sys
 from typing import cast
 
 import uvloop
@@ -24,12 +31,22 @@ ENDLESS = b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent
 )
 
 
+SINK = sys.argv[1:] == ["sink"]
+HEAD_BYTES = 64 * 1024
+BODY_BYTES = 2_000_000
+HANDSHAKE = b"\x16\x03"
+ALERT = bytes((21, 3, 3, 0, 2, 2, 40))
+TOO_LARGE = b"HTTP/1.1 %d Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
 class Talk(asyncio.Protocol):
     def __init__(self) -> None:
+        self.swallowed = 0
         self.transport: asyncio.Transport
         self.head = b""
         self.swallow = 0
         self.endless = False
+        self.upgraded = False
         self.writable = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -40,8 +57,14 @@ class Talk(asyncio.Protocol):
             self.take(len(data))
             return
         self.head += data
+        if SINK and self.head.startswith(HANDSHAKE):
+            if len(self.head) > len(ALERT):
+                self.close(ALERT)
+            return
         head, found, rest = self.head.partition(b"\r\n\r\n")
         if not found:
+            if SINK and len(self.head) > HEAD_BYTES:
+                self.close(TOO_LARGE % 431)
             return
         self.head = b""
         lines = head.decode("latin-1").lower().split("\r\n")
@@ -51,6 +74,7 @@ class Talk(asyncio.Protocol):
             self.take(len(rest))
         elif "upgrade" in fields:
             self.swallow = 1 << 60
+            self.upgraded = True
             self.transport.write(SWITCH)
         elif lines[0].startswith("get /forever "):
             self.endless = True
@@ -59,8 +83,17 @@ class Talk(asyncio.Protocol):
         elif not lines[0].startswith("get /never "):
             self.transport.write(PAGE)
 
+    def close(self, answer: bytes) -> None:
+        self.head = b""
+        self.transport.write(answer)
+        self.transport.close()
+
     def take(self, size: int) -> None:
         self.swallow -= size
+        self.swallowed += size
+        if SINK and self.swallowed > BODY_BYTES and not self.upgraded:
+            self.close(TOO_LARGE % 413)
+            return
         if not self.swallow:
             self.transport.write(PAGE)
 
@@ -86,4 +119,6 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     uvloop.run(main())

@@ -92,10 +92,11 @@ class Program:
         """The first whole line of the output that begins with `start`."""
 
         def line() -> str | None:
+            ended = self.process.poll()  # before its output is read, which may end with the line
             for found in self.output().splitlines(keepends=True):
                 if found.startswith(start) and found.endswith("\n"):
                     return found.strip()
-            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output()}"
+            assert ended is None, f"ended with {ended}:\n{self.output()}"
             return None
 
         return wait_until(f"a line that begins with {start!r}", line, seconds=seconds)

@@ -25,7 +25,7 @@ from prometheus_client import generate_latest
 
 from guestpass import config as configuration
 from guestpass.config import EdgeConfig
-from guestpass.daemon import Signals, reloading
+from guestpass.daemon import Signals, reloading, settle
 from guestpass.edge import certificates
 from guestpass.edge import headers as h
 from guestpass.edge.access_log import STDOUT, AccessLog
@@ -52,7 +52,7 @@ from guestpass.edge.home import (
 from guestpass.edge.incoming import PREFIX as HOOKS_PREFIX
 from guestpass.edge.incoming import IncomingRoutes
 from guestpass.edge.keys import CLIENT, SCHEME, SHARE_ID
-from guestpass.edge.limits import Refusals
+from guestpass.edge.limits import Refusals, client_of
 from guestpass.edge.listener import Listener
 from guestpass.edge.metrics import Metrics
 from guestpass.edge.origins import Origins
@@ -250,6 +250,7 @@ class Edge:
             learn=self.lane.learn,
             refusals=self.refusals,
             access_log=self.lane if self.access_log is not None else None,
+            windows=lambda address: self.lane.client(client_of(address)).windows,
             now=self._now,
         )
         self.metrics.watch_lane(lambda: self.lane.services.values(), lambda: self.lane.durations)
@@ -312,7 +313,7 @@ class Edge:
             seat.admits()
         for url in edge.listen:
             listener = Listener(url, self.certificates, next(sockets))
-            await listener.start(self.house.front)
+            await listener.start(self.house.front, self.house.admit)
             self._listeners.append(listener)
         listening = [listener.url for listener in self._listeners]
         for url in edge.redirect_listen:
@@ -771,6 +772,7 @@ async def work(config: EdgeConfig, seat: Seat) -> None:
     except GuestpassError as exc:
         await seat.failed(exc)
         return
+    settle()
     try:
         await seat.serve()
     finally:
@@ -789,6 +791,7 @@ async def serve(
     GuestpassError when it cannot start."""
     edge = Edge(config, restored=restored)
     line = await edge.start()
+    settle()
     try:
         with Signals(on_reload=edge.reload, on_roll=_no_workers) as signals:
             ready(line)

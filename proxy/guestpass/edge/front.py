@@ -35,10 +35,10 @@ from guestpass.edge.grants import Grant, GrantTable
 from guestpass.edge.metrics import DURATIONS
 from guestpass.edge.relay import RETRY_AFTER, STATUS_OF_RESET
 from guestpass.edge.static import NOTHING
-from guestpass.loop import abort_now, acknowledged, resume_reading, unsent
+from guestpass.loop import abort_now, acknowledged, resume_reading, unsent, waiting
 from guestpass.model import SessionKind
 from guestpass.tokens import BEARER_PREFIX, digest
-from guestpass_speedups.relay import Client, Connection, Entry, Lane
+from guestpass_speedups.relay import CUT_BEYOND, Client, Connection, Entry, Lane
 
 if TYPE_CHECKING:
     from guestpass.edge.admission import Admission
@@ -369,12 +369,7 @@ class Front(Connection, asyncio.BufferedProtocol):
     def arrived(self) -> Client | None:
         """Whose connection this is; of a trusted proxy's its requests tell."""
         peer = self._peer
-        return self._client(peer) if peer else None
-
-    def _client(self, address: str) -> Client | None:
-        if self.house.trusted_proxies and h.within(address, self.house.trusted_proxies):
-            return None
-        return self.lane.client(limits.client_of(address))
+        return self.house.client(peer) if peer else None
 
     @property
     def address(self) -> str:
@@ -383,7 +378,7 @@ class Front(Connection, asyncio.BufferedProtocol):
 
     def speaker(self) -> Client | None:
         """Whose request a trusted proxy passes on; None where that is its own."""
-        return self._client(self._spoken_for)
+        return self.house.client(self._spoken_for)
 
     def _may_begin(self, head: bytes) -> bool:
         """Behind a trusted proxy: whether the client that it speaks for may have one more request under way."""
@@ -393,7 +388,7 @@ class Front(Connection, asyncio.BufferedProtocol):
             (b"x-forwarded-for", v.encode("latin-1"))
             for v in Asked.of(head).headers.getall("X-Forwarded-For", ())
         ]
-        client = self._client(h.client_address(self._peer, told, self.house.trusted_proxies))
+        client = self.house.client(h.client_address(self._peer, told, self.house.trusted_proxies))
         if client is None or self.counts_for(client):
             return True
         self.limited("connections_per_client", head)
@@ -447,6 +442,29 @@ class House:
     def front(self) -> Front:
         return Front(self)
 
+    def client(self, address: str) -> Client | None:
+        """Who is counted for an address; None: a proxy, which speaks for others."""
+        if self.trusted_proxies and h.within(address, self.trusted_proxies):
+            return None
+        return self.lane.client(limits.client_of(address))
+
+    def admit(self, address: str) -> Callable[[], None] | None:
+        """Whether an address may begin a TLS handshake, which counts like what it has open; None: not. Else to be
+        called when the handshake is over."""
+        client = self.client(address)
+        if client is None:
+            return lambda: None
+        most = self.refusals.limits.connections_per_client
+        if client.starting >= most or client.open + client.starting >= CUT_BEYOND * most:
+            self.refusals.note("connections_per_client", address)
+            return None
+        client.starting += 1
+
+        def over() -> None:
+            client.starting -= 1
+
+        return over
+
 
 class FastLane(Lane):
     """The fast lane's questions about grants, which are few: what it is told is remembered by its `Entry`."""
@@ -472,6 +490,7 @@ class FastLane(Lane):
             unsent=unsent,
             resume_reading=resume_reading,
             acknowledged=acknowledged,
+            waiting=waiting,
             limits=limits,
             fast=fast,
         )
@@ -559,6 +578,7 @@ def bare_lane(limits: Limits) -> Lane:
         unsent=unsent,
         resume_reading=resume_reading,
         acknowledged=acknowledged,
+        waiting=waiting,
         limits=limits,
         fast=False,
     )

@@ -13,11 +13,16 @@ from urllib.parse import urlsplit
 
 from guestpass import loop
 from guestpass.edge.certificates import Certificates
-from guestpass.edge.tls import TlsServer
+from guestpass.edge.tls import Admit, TlsServer, anybody
 from guestpass.errors import ConfigError, PortTaken
 
 # Connections that wait in the kernel for accept().
 BACKLOG = 1024
+
+# Of an answer so much waits in the kernel for a visitor who does not take it. The kernel's own bound is 4 MB of memory
+# that nobody counts, filled as fast as the application can. What is on its way to a visitor comes on top: it is as much
+# as the network and the visitor hold.
+NOTSENT_LOWAT = 256 * 1024
 
 
 class Listener:
@@ -45,14 +50,14 @@ class Listener:
         self.url = f"{self.scheme}://{host}:{self._port}"
         return self._sock
 
-    async def start(self, front: Callable[[], asyncio.BaseProtocol]) -> None:
-        """Bind and accept. Raises PortTaken, ConfigError."""
+    async def start(self, front: Callable[[], asyncio.BaseProtocol], admit: Admit = anybody) -> None:
+        """Bind and accept; `admit` is asked before a TLS handshake. Raises PortTaken, ConfigError."""
         sock = self.bind()
         certificates = self._certificates
         if certificates is None:
             self._server = await loop.create_server(front, sock=sock, backlog=BACKLOG)
         else:
-            self._server = TlsServer(sock, front, certificates.choose, lambda: certificates.several)
+            self._server = TlsServer(sock, front, certificates.choose, lambda: certificates.several, admit)
 
     def close(self) -> None:
         """Stop accepting; open connections stay."""
@@ -79,6 +84,10 @@ def bind(host: str, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            sock.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT
+            )  # connections inherit it
         sock.setblocking(False)
         sock.bind(address)
         sock.listen(BACKLOG)

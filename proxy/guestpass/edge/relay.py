@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import secrets
@@ -42,7 +43,7 @@ from guestpass.edge.keys import CLIENT, GRANT, LIVE, SCHEME
 from guestpass.edge.limits import Refusals
 from guestpass.edge.static import Compiled
 from guestpass.errors import Forbidden, NoGateway, NotFound, PluginFailed, ShareEnded, Unauthorized
-from guestpass.loop import abort_now, unsent
+from guestpass.loop import abort_now, unsent, waiting
 from guestpass.model import SessionKind
 from guestpass.mux.stream import StreamReset, TunnelStream
 from guestpass.plugin import Denied, RequestContext
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from guestpass.edge.pages import Pages
     from guestpass.edge.plugins import PluginSet
     from guestpass.edge.tunnels import Tunnels
+    from guestpass_speedups.session import Budget
 
 log = logging.getLogger("guestpass.edge.relay")
 
@@ -211,9 +213,11 @@ class Relay:
         learn: Callable[[Grant, str], None] | None = None,
         refusals: Refusals | None = None,
         access_log: Lane | None = None,
+        windows: Callable[[str], Budget] | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """`learn(grant, secret)` is told which secret a grant was found by. `access_log` takes each request's line."""
+        """`learn(grant, secret)` is told which secret a grant was found by. `access_log` takes each request's line.
+        `windows`: what the windows of all streams of a client, named by its address, may grow by."""
         self._grants = grants
         self._admission = admission
         self._tunnels = tunnels
@@ -224,6 +228,7 @@ class Relay:
         self._share_origin = share_origin
         self._learn = learn
         self._log = access_log
+        self._windows = windows
         self._refusals = refusals if refusals is not None else Refusals(Limits())
         self._limits = self._refusals.limits
         self._now = now
@@ -481,6 +486,9 @@ class Relay:
                 if live.ended or not self._grants.is_live(grant):
                     return self._admission.ended(request)
                 live.stream = self._tunnels.open(grant.site, gateway, grant.service, head, fin=bodiless)
+                if self._windows is not None and request.transport is not None:
+                    behind = functools.partial(waiting, request.transport)
+                    live.stream.bound(behind, self._windows(request[CLIENT].address))
                 return await self._serve(
                     request, live, upgrade=upgrade, has_body=not bodiless and not upgrade
                 )

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from guestpass_speedups.session import ErrorCode
 
 if TYPE_CHECKING:
-    from guestpass_speedups.session import Stream
+    from guestpass_speedups.session import Budget, Stream
 
 log = logging.getLogger("guestpass.tunnel")
 
@@ -251,6 +251,12 @@ class TunnelStream:
     def attach(self, stream: Stream) -> None:
         """The edge's side is made before its `Session.open`."""
         self._stream = stream
+
+    def bound(self, waiting: Callable[[], int], allowance: Budget) -> None:
+        """Before the first byte: the window grows out of `allowance`, too, and only while little of what `read`
+        returned is `waiting` further down."""
+        self._raw.waiting = waiting
+        self._raw.set_allowance(allowance)
 
     def serve(self, task: asyncio.Task[Any]) -> None:
         """`task` is this stream's local work: the peer's RESET cancels it, and is acknowledged when it has ended."""
