@@ -272,7 +272,7 @@ class Admission(Desk):
         context = RequestContext(
             method=request.method,
             path=request.raw_path,
-            headers=[(k.decode("latin-1"), v.decode("latin-1")) for k, v in request.raw_headers],
+            headers=h.for_plugins(request.raw_headers),
             client=request[CLIENT],
             share=share,
             session=None,

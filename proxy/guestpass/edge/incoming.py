@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from guestpass.edge import headers as h
 from guestpass.edge.browser import Limiter, arrived
 from guestpass.edge.keys import CLIENT, SHARE_ID
 from guestpass.errors import PluginError
@@ -97,7 +98,7 @@ class IncomingRoutes:
             call = Incoming(
                 method=request.method,
                 path=path,
-                headers=[(k.decode("latin-1"), v.decode("latin-1")) for k, v in request.raw_headers],
+                headers=h.for_plugins(request.raw_headers),
                 body=body,
                 client=request[CLIENT],
             )

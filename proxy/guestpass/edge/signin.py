@@ -24,6 +24,7 @@ import orjson
 from aiohttp import web
 
 from guestpass import tokens
+from guestpass.edge import headers as h
 from guestpass.edge.browser import (
     FLOW_COOKIE,
     ME_COOKIE,
@@ -604,7 +605,7 @@ class SignInPages(Desk):
             callback_url=f"{self._origins.main}/callback/{name}",
             is_invited=is_invited,
             link=flow.link,
-            headers=[(k.decode("latin-1"), v.decode("latin-1")) for k, v in request.raw_headers],
+            headers=h.for_plugins(request.raw_headers, tokens.BEARER_PREFIX.encode("ascii")),
             peer=peer_address(request),
         )
 
