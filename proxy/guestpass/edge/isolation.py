@@ -69,8 +69,19 @@ STOP_SECONDS = 2.0
 RESTART_FIRST = 0.1
 RESTART_MAX = 10.0
 SETTLED_SECONDS = 30.0
-# Services of the host that one process may be waiting for.
+# Services of the host that one process may be waiting for; it waits as well until it has read the answer.
 MAX_ASKED = 256
+# Revocations that it has yielded and that are not carried out, and the size of each: a burst, not a flood.
+MAX_YIELDED = 4096
+MAX_YIELD = 4096
+# Of its log this many lines in a window, each of this length: a flood must not fill the disk.
+LOG_LINES, LOG_SECONDS = 200, 10.0
+LOG_TEXT = 8192
+# Fields of which it says that no application may see them.
+MAX_PRIVATE = 16
+
+# Whose hooks are asked about what a visitor wrote: what cannot be passed on is the visitor's fault, not the plugin's.
+OF_VISITORS = ("authenticator", "request-filter")
 
 BOOT = (
     "import sys; sys.path[:] = sys.argv[2:]; "
@@ -248,6 +259,7 @@ class Isolated(Plugin):
         self._invited: dict[int, Callable[[str], Awaitable[bool]]] = {}
         self._asked: set[asyncio.Task[None]] = set()
         self._ids = 0
+        self._said, self._said_since = 0, 0.0  # lines of its log in this window
         self._writer: asyncio.StreamWriter | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._down: str | None = "it is not started"
@@ -438,11 +450,17 @@ class Isolated(Plugin):
         hook = HOOKS[self.kind][name]
         self._ids += 1
         number = self._ids
-        given = [
-            dump(kind, self._wired(number, arg) if kind is WireSignIn else arg)
-            for kind, arg in zip(hook.args, args, strict=True)
-        ]
-        self._send({"do": "call", "id": number, "hook": name, "args": given})
+        try:
+            given = [
+                dump(kind, self._wired(number, arg) if kind is WireSignIn else arg)
+                for kind, arg in zip(hook.args, args, strict=True)
+            ]
+            self._send({"do": "call", "id": number, "hook": name, "args": given})
+        except WireError as exc:
+            self._invited.pop(number, None)
+            if self.kind in OF_VISITORS:
+                raise Denied("This cannot be read here.") from exc
+            raise
         return number
 
     def _wired(self, number: int, sign_in: SignIn) -> WireSignIn:
@@ -508,6 +526,10 @@ class Isolated(Plugin):
             self._answered(message)
         elif do == "yield":
             if (queue := self._yields.get(message["id"])) is not None:
+                if queue.qsize() >= MAX_YIELDED:
+                    raise WireError(f"more than {MAX_YIELDED} revocations wait")
+                if len(pack(message)) > MAX_YIELD:
+                    raise WireError(f"a revocation of more than {MAX_YIELD} bytes")
                 queue.put_nowait(message["value"])
         elif do == "host":
             if len(self._asked) >= MAX_ASKED:
@@ -516,10 +538,21 @@ class Isolated(Plugin):
             self._asked.add(task)
             task.add_done_callback(self._asked.discard)
         elif do == "log":
-            logger = self.host.logger
-            logger.log(max(logging.DEBUG, min(int(message["level"]), logging.ERROR)), "%s", message["text"])
+            self._log(int(message["level"]), str(message["text"]))
         else:
             raise WireError(f"what is {do!r}")
+
+    def _log(self, level: int, text: str) -> None:
+        now = time.monotonic()
+        if now - self._said_since >= LOG_SECONDS:
+            self._said, self._said_since = 0, now
+        self._said += 1
+        if self._said <= LOG_LINES:
+            self.host.logger.log(max(logging.DEBUG, min(level, logging.ERROR)), "%s", text[:LOG_TEXT])
+        elif self._said == LOG_LINES + 1:
+            self.host.logger.warning(
+                "more than %d lines within %g s: further ones are dropped", LOG_LINES, LOG_SECONDS
+            )
 
     def _answered(self, message: dict[str, Any]) -> None:
         number = message["id"]
@@ -550,8 +583,10 @@ class Isolated(Plugin):
         except Exception as exc:
             reply["error"] = {"text": f"{type(exc).__name__}: {exc}"}
         if reply["id"] is not None:
-            with contextlib.suppress(ProcessDied, WireError):
+            with contextlib.suppress(ProcessDied, WireError, ConnectionError):
                 self._send(reply)
+                if self._writer is not None:
+                    await self._writer.drain()
 
     async def _service(self, name: str, args: list[Any]) -> Any:
         host = self.host
@@ -591,6 +626,10 @@ class IsolatedAuthenticator(Isolated, Authenticator):
         self.interactive = bool(self._process.loaded["interactive"])  # type: ignore[misc]
         self.label = str(self._process.loaded["label"])
         self.needs_proof = bool(self._process.loaded["needs_proof"])
+        private = self._process.loaded["private_headers"]
+        if not isinstance(private, list) or len(private) > MAX_PRIVATE:
+            raise PluginError(f"plugin {self.name!r}: private_headers are at most {MAX_PRIVATE} names")
+        self.private_headers = tuple(map(str, private))
 
     async def begin(self, sign_in: SignIn) -> Step:
         return await self.ask("begin", sign_in)  # type: ignore[no-any-return]

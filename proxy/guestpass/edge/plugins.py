@@ -981,12 +981,17 @@ class PluginSet:
     async def compile(self, share: Share, session: Session) -> Compiled | None:
         """What the filters say for every request of the session. Raises Forbidden with the words of one that refused,
         PluginFailed."""
-        answers = [
-            (slot.name, Static(edits=Edits(remove=frozenset(spellings(slot.plugin.private_headers)))))
-            for slot in self._authenticate
-            if slot.plugin.private_headers
-        ]
-        compiled = self._compiler.compile(answers, share, session)
+        answers: list[tuple[str, Static]] = []
+        compiled: Compiled | None = None
+        for one in self._authenticate:
+            if not one.plugin.private_headers:
+                continue
+            try:
+                removed = frozenset(spellings(one.plugin.private_headers))
+                answers.append((one.name, Static(edits=Edits(remove=removed))))
+                compiled = self._compiler.compile(answers, share, session)
+            except (ValueError, TypeError, AttributeError) as exc:
+                raise one.failed("private_headers", exc) from exc
         for slot in self._filter:
             if not _overrides(slot.plugin, RequestFilter, "compile"):
                 continue
