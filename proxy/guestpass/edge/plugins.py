@@ -811,6 +811,11 @@ class PluginSet:
         """All, in the order of the configuration."""
         return [slot.plugin for slot in self._authenticate]
 
+    def offers(self, provider: str) -> bool:
+        """Whether this way of signing in is configured: what rests on one that is not counts no more, be it that it
+        went at a SIGHUP or at a restart."""
+        return any(slot.name == provider for slot in self._authenticate)
+
     @property
     def interactive(self) -> list[Authenticator]:
         """Those that stand on the sign-in page."""

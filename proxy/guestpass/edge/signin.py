@@ -521,6 +521,8 @@ class SignInPages(Desk):
         data = await self._service.get_flow(secret) if secret is not None else None
         if secret is None or data is None or data.get("type") != "me":
             return None
+        if not self._plugins.offers(data["provider"]):
+            return None
         if not await self._service.proofs.holds(data["email"], data["proven"]):
             return None
         return _Known(secret, data["email"], data["provider"], data["subject"], data["proven"])
