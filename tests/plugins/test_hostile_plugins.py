@@ -13,11 +13,13 @@ from support.people import ALICE, BOB, MALLORY, People, people, plugin, usual
 from support.served import serving
 from support.stack import EMAIL, Stack, running
 
-from guestpass.config import PluginSection
+from guestpass.config import EdgeConfig, PluginSection, parse
 from guestpass.edge import isolation
 from guestpass.edge import plugins as module
 from guestpass.edge.isolation import Isolated
 from guestpass.edge.plugin_loader import KINDS
+from guestpass.edge.plugins import PluginSet
+from guestpass.errors import ConfigError
 from guestpass.model import Revocation, Revoked, SessionKind
 from guestpass.plugin import Authenticator, Client, Denied, Plugin, Redirect, SignIn, Step, Unproven
 from guestpass.shares.bus import Bus
@@ -96,6 +98,23 @@ async def test_a_sign_in_is_not_told_who_else_the_browser_is(tmp_path: Path) -> 
     (sign_in,) = told
     assert ("X-Mine", "1") in sign_in.headers
     assert [value for name, value in sign_in.headers if name == "Cookie"] == ["theme=dark"]
+
+
+@pytest.mark.parametrize("where", ["the configuration", "the state"])
+def test_an_edge_whose_files_it_could_read_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """As when they are kept below /usr, or in Python's environment."""
+    settings = isolated(tmp_path, LISTENS, "Listens")
+    shared = tmp_path / "prefix"
+    state = shared if where == "the state" else tmp_path / "state"
+    monkeypatch.setattr(isolation.sys, "prefix", str(shared if where == "the state" else tmp_path))
+    toml = {"edge": {"state": f"sqlite:///{state}/edge.db", "share_domain": "x.example"}, "filter": [settings]}
+    config = parse(EdgeConfig, toml, tmp_path / "edge.toml")
+    with pytest.raises(ConfigError, match="could read") as caught:
+        PluginSet.load(config)
+    assert str(state if where == "the state" else tmp_path) in caught.value.message
+    assert "Keep" in caught.value.hint
 
 
 # ── what a visitor can do to it ──────────────────────────────────────────────────────────────────────────────────

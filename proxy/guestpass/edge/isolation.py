@@ -28,12 +28,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from guestpass.config import Isolation, PluginSection, Secret
+from guestpass.edge.isolation_child import SYSTEM
 from guestpass.edge.isolation_wire import HOOKS, SERVICES, Frames, WireError, WireSignIn, dump, load, pack
 from guestpass.errors import ConfigError, PluginError
 from guestpass.model import Candidate, Event, Identity, Revocation, Session, Share
@@ -110,9 +111,10 @@ class Loading:
     name: str
     settings: Mapping[str, Any]
     isolation: Isolation
+    kept: Sequence[Path]  # folders with what is not the plugin's: the edge's own files
 
     def message(self) -> dict[str, Any]:
-        """Raises ConfigError when a secret is missing."""
+        """Raises ConfigError when a secret is missing, or when the edge's own files lie where the process may read."""
         folder = self.file.parent
         secrets = {
             repr(sorted(table.items())): Secret.model_validate(table).of(self.file, self.section)
@@ -120,9 +122,16 @@ class Loading:
         }
         source = self.use.rpartition(":")[0]
         own = [str((folder / source).resolve())] if source.endswith(".py") else []
-        config = folder.resolve()
+        kept = [path.resolve() for path in (folder, *self.kept)]
         # Not where the edge keeps its state, should that lie on Python's path.
-        path = [p for p in sys.path if p and not config.is_relative_to(Path(p).resolve())]
+        path = [p for p in sys.path if p and not any(k.is_relative_to(Path(p).resolve()) for k in kept)]
+        for readable in (*SYSTEM, sys.prefix, sys.base_prefix):
+            if found := next((k for k in kept if k.is_relative_to(Path(readable).resolve())), None):
+                raise ConfigError(
+                    f'{self.file}: [[{self.section}]] number {self.position} with isolation = "process" could read '
+                    f"the edge's own files in {found}: its process needs {readable}",
+                    hint="Keep the configuration and the state elsewhere.",
+                )
         return {
             "do": "load",
             "section": self.section,
@@ -688,12 +697,20 @@ PROXIES: Mapping[str, type[Isolated]] = {
 
 
 def isolated(
-    kind: str, section: str, entry: PluginSection, position: int, file: Path, line: int | None
+    kind: str,
+    section: str,
+    entry: PluginSection,
+    position: int,
+    file: Path,
+    line: int | None,
+    kept: Sequence[Path] = (),
 ) -> Isolated:
-    """The proxy of a plugin whose process has loaded it. Raises PluginError, ConfigError."""
+    """The proxy of a plugin whose process has loaded it; it may read nothing in the folders of `kept`, nor in that of
+    `file`. Raises PluginError, ConfigError."""
     assert entry.isolation is not None
     loading = Loading(
-        kind, section, position, line, file, entry.use, entry.name, entry.settings, entry.isolation
+        *(kind, section, position, line, file, entry.use, entry.name, entry.settings, entry.isolation),
+        kept,
     )
     try:
         return PROXIES[kind](loading)

@@ -359,11 +359,13 @@ async def _contained(awaitable: Awaitable[T]) -> T:
         raise RuntimeError(f"it raised {type(exc).__name__}") from exc
 
 
-def _built(kind: Kind, section: PluginSection, position: int, file: Path) -> Plugin:
+def _built(
+    kind: Kind, section: PluginSection, position: int, file: Path, kept: Sequence[Path] = ()
+) -> Plugin:
     if section.isolation is None:
         return build(kind, section, position, file)
     line = section_line(file, kind.section, position)
-    return isolated(kind.name, kind.section, section, position, file, line)
+    return isolated(kind.name, kind.section, section, position, file, line, kept)
 
 
 def _overrides(plugin: Plugin, base: type[Plugin], hook: str) -> bool:
@@ -604,7 +606,7 @@ class PluginSet:
             )
             plugins[kind.section] = []
             for position, section in enumerate(sections, 1):
-                plugin = _built(kind, section, position, config.file)
+                plugin = _built(kind, section, position, config.file, (config.database.parent,))
                 taken = [p.name for p in plugins[kind.section]]
                 plugins[kind.section].append(plugin)
                 if plugin.name in taken:
