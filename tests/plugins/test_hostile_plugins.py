@@ -269,6 +269,30 @@ async def test_it_cannot_fill_the_log(
     assert "are dropped" in lines[-1]
 
 
+# ── what is asked after the hook has answered ────────────────────────────────────────────────────────────────────
+
+
+async def test_the_bundled_email_code_in_a_process(tmp_path: Path) -> None:
+    """It answers before anybody looks whether the address is invited, and asks for that afterwards."""
+    section = PluginSection.model_validate({"use": "email-code", "isolation": "process"})
+    toml = tmp_path / "edge.toml"
+    toml.write_text("")
+    plugins = usual()
+    plugins["authenticate"] = [module._built(KINDS["authenticate"], section, 1, toml)]
+    async with people(tmp_path, plugins=plugins) as edge:
+        share, _ = await edge.share(ALICE)
+        browser = edge.browser()
+        page = await browser.sign_in(edge.origins.share_origin(share.id) + "/")
+        assert page.text.startswith(f"application: {ALICE}")
+        stranger = edge.browser()
+        page = await stranger.follow(await stranger.get(edge.origins.share_origin(share.id) + "/"))
+        await stranger.submit(page, email=MALLORY)
+        async with asyncio.timeout(10):
+            while not any(e.detail.get("reason") == "not_invited" for e in edge.seen):
+                await asyncio.sleep(0.01)
+        assert not edge.mail
+
+
 # ── an address that a provider does not vouch for ────────────────────────────────────────────────────────────────
 
 

@@ -28,6 +28,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,9 @@ RESTART_MAX = 10.0
 SETTLED_SECONDS = 30.0
 # Services of the host that one process may be waiting for; it waits as well until it has read the answer.
 MAX_ASKED = 256
+# Sign-ins of which it may ask who is invited. That is asked after the hook has answered, so that nobody feels the
+# difference: the latest ones are kept.
+MAX_SIGN_INS = 1024
 # Revocations that it has yielded and that are not carried out, and the size of each: a burst, not a flood.
 MAX_YIELDED = 4096
 MAX_YIELD = 4096
@@ -265,7 +269,8 @@ class Isolated(Plugin):
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._cancelled: dict[int, asyncio.TimerHandle] = {}
         self._yields: dict[int, asyncio.Queue[Any]] = {}
-        self._invited: dict[int, Callable[[str], Awaitable[bool]]] = {}
+        # By the id of the hook's call, the oldest first.
+        self._invited: OrderedDict[int, Callable[[str], Awaitable[bool]]] = OrderedDict()
         self._asked: set[asyncio.Task[None]] = set()
         self._ids = 0
         self._said, self._said_since = 0, 0.0  # lines of its log in this window
@@ -466,7 +471,6 @@ class Isolated(Plugin):
             ]
             self._send({"do": "call", "id": number, "hook": name, "args": given})
         except WireError as exc:
-            self._invited.pop(number, None)
             if self.kind in OF_VISITORS:
                 raise Denied("This cannot be read here.") from exc
             raise
@@ -474,6 +478,8 @@ class Isolated(Plugin):
 
     def _wired(self, number: int, sign_in: SignIn) -> WireSignIn:
         self._invited[number] = sign_in.is_invited
+        while len(self._invited) > MAX_SIGN_INS:
+            self._invited.popitem(last=False)
         return WireSignIn(
             *(
                 sign_in.flow_id,
@@ -501,7 +507,6 @@ class Isolated(Plugin):
             raise
         finally:
             self._calls.pop(number, None)
-            self._invited.pop(number, None)
 
     async def stream(self, name: str) -> AsyncIterator[Any]:
         """What the plugin's iterator yields."""
