@@ -895,7 +895,9 @@ class PluginSet:
             email = canonical(found.email)
         except InvalidEmail as exc:
             raise slot.failed(hook, exc) from exc
-        return dataclasses.replace(found, email=email, provider=slot.name, proven=found.proven or self._now())
+        # Not of the future: that would outlive the address's being signed out of everything.
+        proven = min(found.proven or self._now(), self._now())
+        return dataclasses.replace(found, email=email, provider=slot.name, proven=proven)
 
     # ── Revokers ────────────────────────────────────────────────────────────────────────────────────────────
 
