@@ -521,8 +521,8 @@ class BackendChooser(Plugin):
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """A request, before it is relayed. `path` is what will be forwarded, undecoded, with the query. `headers` are without
-    the edge's own cookies and, but for `Authenticator.identify`, without its tokens."""
+    """A request, before it is relayed. `path` is what will be forwarded, undecoded, with the query. `headers` are
+    without the edge's own cookies and, but for `Authenticator.identify`, without its tokens."""
 
     method: str
     path: str

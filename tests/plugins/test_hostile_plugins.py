@@ -109,7 +109,10 @@ def test_an_edge_whose_files_it_could_read_does_not_start(
     shared = tmp_path / "prefix"
     state = shared if where == "the state" else tmp_path / "state"
     monkeypatch.setattr(isolation.sys, "prefix", str(shared if where == "the state" else tmp_path))
-    toml = {"edge": {"state": f"sqlite:///{state}/edge.db", "share_domain": "x.example"}, "filter": [settings]}
+    toml = {
+        "edge": {"state": f"sqlite:///{state}/edge.db", "share_domain": "x.example"},
+        "filter": [settings],
+    }
     config = parse(EdgeConfig, toml, tmp_path / "edge.toml")
     with pytest.raises(ConfigError, match="could read") as caught:
         PluginSet.load(config)
@@ -367,7 +370,8 @@ async def test_a_claimed_address_is_proven_in_a_process(proving: People) -> None
     page = await browser.follow(await browser.submit(page, pin="1234"))
     assert page.text.startswith(f"application: {ALICE}")
     (session,) = await proving.service.sessions(share.id)
-    assert (session.email, session.provider) == (ALICE, "away")  # as who knew the address, not as who proved it
+    # As who knew the address, not as who proved it.
+    assert (session.email, session.provider) == (ALICE, "away")
 
 
 async def test_a_process_proves_no_other_address(proving: People) -> None:

@@ -116,7 +116,9 @@ def test_headers_and_parts() -> None:
 
 
 def test_a_plain_text_stays_readable_in_the_file() -> None:
-    assert b"\r\nhttps://share.example.com/s/" + b"x" * 43 + b"\r\n" in letter(message(), SENDER, KEY).as_bytes()
+    assert (
+        b"\r\nhttps://share.example.com/s/" + b"x" * 43 + b"\r\n" in letter(message(), SENDER, KEY).as_bytes()
+    )
 
 
 @pytest.mark.parametrize("text", ["ü" * 3000, "x" * 3000, ".\n..\nFrom here\n", "👍\n" * 100])

@@ -86,5 +86,7 @@ def only(sign_in: SignIn, name: str) -> str | None:
     underscore it is not the proxy's: a proxy that removes what visitors write under its field's name need not remove
     that."""
     wanted = name.lower()
-    found = [(key.lower(), value) for key, value in sign_in.headers if key.lower().replace("_", "-") == wanted]
+    found = [
+        (key.lower(), value) for key, value in sign_in.headers if key.lower().replace("_", "-") == wanted
+    ]
     return found[0][1].strip() if len(found) == 1 and found[0][0] == wanted else None

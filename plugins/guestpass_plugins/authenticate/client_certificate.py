@@ -75,7 +75,9 @@ class ClientCertificate(BehindProxy):
         except verification.VerificationError as exc:
             self.host.logger.info("a client certificate was refused: %s", exc)
             raise Denied("Your certificate is not accepted here.") from exc
-        except Exception as exc:  # the library raises of many kinds, and it is the visitor who wrote the certificate
+        except (
+            Exception
+        ) as exc:  # the library raises of many kinds, and it is the visitor who wrote the certificate
             raise Denied("Your certificate does not name one email address.") from exc
         return Identity(email, self.name, subject=format(leaf.serial_number, "x"), proven=self.host.now())
 

@@ -2,8 +2,8 @@
 
 A deadline cannot stop a thread: one that overruns it is left behind, and its place is missing until it returns. When
 every place is held by such threads the plugin is not asked any more (`Exhausted`). A hook whose visitor went away runs
-on and has its deadline all the same: strangers who come and go must not switch a plugin off. The threads are daemons, so that a
-hook which never returns does not keep the edge from ending.
+on and has its deadline all the same: strangers who come and go must not switch a plugin off. The threads are daemons,
+so that a hook which never returns does not keep the edge from ending.
 """
 
 from __future__ import annotations
