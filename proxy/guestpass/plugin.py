@@ -433,7 +433,8 @@ class SignIn:
     """Which mailed link it began at; empty when it began elsewhere. Whoever has the link was sent it, or was handed it
     on: what is counted for an address may be counted apart for them, so that strangers cannot use it up."""
     headers: Sequence[tuple[str, str]] = ()
-    """Of the request that asked. Whoever sent it may have written anything: see `peer`."""
+    """Of the request that asked, without the edge's own cookies and tokens. Whoever sent it may have written anything:
+    see `peer`."""
     peer: str = ""
     """The address that the connection itself comes from, which is a proxy's where there is one; `client` is who that
     proxy speaks for."""
@@ -454,7 +455,7 @@ class Authenticator(Plugin):
     """Whether all that it answers is Unproven: then another one has to be there that proves addresses."""
     private_headers: Sequence[str] = ()
     """Fields by which somebody in front of the edge tells this authenticator who a visitor is: they are removed from
-    all requests before an application sees them. Not with `isolation = "process"`."""
+    all requests before an application sees them. Set when the plugin is constructed, at the latest."""
 
     def begin(self, sign_in: SignIn) -> Answer[Step]:
         """The visitor chose this way. Raises Denied."""
@@ -520,7 +521,8 @@ class BackendChooser(Plugin):
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """A request, before it is relayed. `path` is what will be forwarded, undecoded, with the query."""
+    """A request, before it is relayed. `path` is what will be forwarded, undecoded, with the query. `headers` are
+    without the edge's own cookies and, but for `Authenticator.identify`, without its tokens."""
 
     method: str
     path: str

@@ -149,7 +149,7 @@ async def test_requests_that_are_not_for_the_fast_lane(stack: Stack) -> None:
 async def test_a_secret_is_good_only_as_what_it_is(stack: Stack) -> None:
     """A bearer token is no cookie, a cookie is no token, neither is good on another share's origin."""
     _, cookie = await stack.edge.service.open_session(
-        stack.share_id, EMAIL, SessionKind.COOKIE, "test", Client("127.0.0.1")
+        stack.share_id, EMAIL, SessionKind.COOKIE, "email-code", Client("127.0.0.1")
     )
     await stack.warm(stack.share_id, cookie, SessionKind.COOKIE)
     other = await stack.new_share()

@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 from support.served import serving
 
+from guestpass.edge import browser
 from guestpass.edge import incoming as module
 from guestpass.edge.incoming import PREFIX, IncomingRoutes
 from guestpass.edge.keys import CLIENT, SHARE_ID
@@ -130,6 +131,39 @@ async def test_calls_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) 
     found = [(await world.call("hr"))[0] for _ in range(4)]
     assert found == [204, 204, 429, 429]
     assert (await world.call("hr", headers={"X-From": "198.51.100.1"}))[0] == 204
+
+
+async def test_who_sends_slowly_keeps_nobody_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger with bodies that do not come could else keep the news away that somebody's account has ended."""
+    monkeypatch.setattr(module, "MOST_AT_ONCE", 2)
+    world.routes.add("revoke/hr", object(), "", echo)
+    host, port = world.url.removeprefix("http://").split(":")
+    head = f"POST {PREFIX}hr HTTP/1.1\r\nHost: {host}\r\nContent-Length: 10\r\n\r\n1234"
+    writers = []
+    for _ in range(2):
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head.encode())
+        writers.append(writer)
+    async with asyncio.timeout(10):
+        while sum(world.routes._limiter._counts["192.0.2.1"][1:]) < 2:  # they are being served
+            await asyncio.sleep(0.01)
+    assert (await world.call("hr", b"news"))[:2] == (200, b"news")
+    for writer in writers:
+        writer.close()
+
+
+async def test_a_body_that_does_not_come_is_no_error_of_ours(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(browser, "BODY_SECONDS", 0.05)
+    world.routes.add("revoke/hr", object(), "", echo)
+
+    async def never() -> AsyncIterator[bytes]:
+        yield b"1234"
+        await asyncio.sleep(60)
+
+    assert (await world.call("hr", never()))[0] == 408
+    assert not caplog.records
 
 
 async def test_names_and_paths(world: World) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -505,6 +506,15 @@ async def test_an_identity_is_made_canonical_and_says_who_proved_it() -> None:
     assert isinstance(step, Identity)
     assert (step.email, step.provider) == (ALICE, "a0")
     assert step.proven > 0
+
+
+async def test_a_proof_is_of_now_or_before() -> None:
+    """One of the future would outlive that its address is signed out of everything."""
+    now = time.time()
+    for claimed, expected in ((now + 1e6, now), (now - 60, now - 60)):
+        step = await with_authenticators(Identity(ALICE, "x", proven=claimed)).begin("a0", SIGN_IN)
+        assert isinstance(step, Identity)
+        assert abs(step.proven - expected) < 30
 
 
 @pytest.mark.parametrize("answer", [None, "alice@example.org", Identity("a@b@c", "x"), ValueError("oops")])

@@ -20,11 +20,13 @@ from guestpass.edge import plugins as module
 from guestpass.edge.isolation_wire import HOOKS, Frames, WireError, dump, load, pack
 from guestpass.edge.plugin_loader import KINDS, build, check_class, section_line
 from guestpass.edge.plugins import PluginSet
-from guestpass.edge.threads import Exhausted, Threads
+from guestpass.edge.threads import THREADS, Exhausted, Threads
 from guestpass.edge.watchdog import Blocked, Watchdog
 from guestpass.errors import ConfigError, PluginError, PluginFailed
 from guestpass.model import Session, SessionKind, Share
 from guestpass.plugin import (
+    Authenticator,
+    Client,
     Edits,
     Form,
     PluginConfig,
@@ -33,11 +35,20 @@ from guestpass.plugin import (
     RequestFilter,
     Revocation,
     Revoker,
+    SignIn,
+    Step,
 )
 from guestpass.testing import edge_with, use
 
 SHARE = Share("s1", "n", "plant", "dash", "/", (), "o", "", 0.0, None, None)
 SESSION = Session("e1", "s1", "r1", "a@example.org", SessionKind.COOKIE, "email-code", 0.0, 0.0, None, "c")
+
+
+async def invited(address: str) -> bool:
+    return True
+
+
+SIGN_IN = SignIn("f1", None, Client("192.0.2.1"), {}, "https://share.example.com/callback/slow", invited)
 
 
 @pytest.fixture
@@ -116,6 +127,60 @@ async def test_threads_that_never_return_open_the_breaker(monkeypatch: pytest.Mo
         assert plugins.health()["revoke/stuck"].startswith("not asked after 100 failures")
     finally:
         release.set()
+
+
+async def test_visitors_who_go_away_do_not_switch_a_plugin_off() -> None:
+    """Their hooks run on in their threads, within their deadline: who comes next waits for a place."""
+    release, begun = threading.Event(), []
+
+    class Slow(Authenticator):
+        blocking = True
+
+        def begin(self, sign_in: SignIn) -> Step:
+            begun.append(sign_in)
+            assert release.wait(10)
+            return Form("Who are you?")
+
+    plugins = PluginSet({"authenticate": [Slow("slow", PluginConfig())]})
+
+    async def begin() -> Step:
+        return await plugins.begin("slow", SIGN_IN)
+
+    visitors = [asyncio.create_task(begin()) for _ in range(THREADS)]
+    async with asyncio.timeout(10):
+        while len(begun) < THREADS:
+            await asyncio.sleep(0.01)
+    for visitor in visitors:
+        visitor.cancel()
+    await asyncio.gather(*visitors, return_exceptions=True)
+    next_one = asyncio.create_task(begin())
+    await asyncio.sleep(0)
+    assert not next_one.done()
+    release.set()
+    assert await next_one == Form("Who are you?")
+    assert not plugins.health()
+
+
+async def test_a_hook_that_nobody_waits_for_still_has_its_deadline() -> None:
+    release, begun = threading.Event(), threading.Event()
+    threads = Threads("t", 1)
+    going = asyncio.create_task(threads.run(0.05, lambda: begun.set() or release.wait()))
+    async with asyncio.timeout(10):
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+    going.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await going
+    with pytest.raises(TimeoutError):
+        await threads.run(0.5, lambda: 1)
+    with pytest.raises(Exhausted):
+        await threads.run(0.5, lambda: 1)
+    release.set()
+    async with asyncio.timeout(10):
+        while threads._left_behind:
+            await asyncio.sleep(0.01)
+    assert await threads.run(5, lambda: 7) == 7
+    threads.close()
 
 
 async def test_exit_in_a_thread_is_an_error_of_the_hook() -> None:

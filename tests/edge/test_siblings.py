@@ -42,7 +42,7 @@ async def browser_of(stack: Stack, share_id: str) -> dict[str, str]:
     """The headers that a signed-in browser sends to a share's origin of its own accord."""
     service = stack.edge.service
     client = Client("127.0.0.1")
-    _, secret = await service.open_session(share_id, EMAIL, SessionKind.COOKIE, "test", client)
+    _, secret = await service.open_session(share_id, EMAIL, SessionKind.COOKIE, "email-code", client)
     if stack.edge.lane.fast:
         await stack.warm(share_id, secret, SessionKind.COOKIE)
     return {"Host": f"{share_id}.localhost:{stack.port}", "Cookie": f"__Host-guestpass={secret}"}

@@ -73,3 +73,17 @@ async def test_whose_a_subject_is(tmp_path: Path) -> None:
         assert await proofs.address_of("google", "1") == ALICE
         assert await proofs.address_of("googl", "e1") is None
         assert await proofs.address_of("google", "") is None
+
+
+async def test_whoever_comes_again_is_remembered_for_longer(tmp_path: Path) -> None:
+    """Else their provider's word that an account has ended would mean nobody, while a session of theirs goes on."""
+    day, at = 86_400.0, [1_000_000.0]
+    async with people(tmp_path, now=lambda: at[0]) as edge:
+        proofs = edge.service.proofs
+        for _ in range(2):
+            at[0] += 60 * day
+            await proofs.remember(Identity(ALICE, "google", "1", at[0]))
+        at[0] += 60 * day
+        assert await proofs.address_of("google", "1") == ALICE
+        at[0] += 60 * day
+        assert await proofs.address_of("google", "1") is None

@@ -251,3 +251,28 @@ async def test_a_provider_may_not_name_what_is_no_address(edge: People) -> None:
     assert page.status == 503
     await asyncio.sleep(0)
     assert not edge.mail
+
+
+@pytest.mark.parametrize("at", ["the application", "the hand-over", "a further share"])
+async def test_a_way_that_is_gone_after_a_restart_admits_nobody(tmp_path: Path, at: str) -> None:
+    """Whoever came by it: with a session, on the way to one, or remembered on the main origin."""
+    async with people(tmp_path, plugins=ways()) as edge:
+        share, _ = await edge.share(ALICE)
+        further, _ = await edge.share(ALICE)
+        browser, page = await sign_in_page(edge, share)
+        handed = await browser.submit(await browser.get(f"{page.url}/ask"), email=ALICE)
+        if at != "the hand-over":
+            assert "application" in (await browser.follow(handed)).text
+    fewer = ways()
+    fewer["authenticate"] = [way for way in fewer["authenticate"] if way.name != "ask"]
+    async with people(tmp_path, plugins=fewer) as again:
+        jars = {host.rpartition(":")[0]: jar for host, jar in browser.cookies.items()}
+        back = again.browser()
+        back.cookies = {f"{host}:{again.port}": jar for host, jar in jars.items()}
+        origin = again.origins.share_origin((further if at == "a further share" else share).id)
+        path = "/" + handed.location.partition("://")[2].partition("/")[2] if at == "the hand-over" else "/"
+        page = await back.follow(await back.get(origin + path))
+        assert "application" not in page.text
+        assert "Continue as" not in page.words
+        if at == "the hand-over":
+            assert page.status == 403

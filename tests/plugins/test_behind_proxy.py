@@ -74,6 +74,9 @@ async def who(authenticator: Authenticator, headers: Headers, peer: str = "10.1.
         # What a visitor writes beside the proxy's own word must not win, in whatever spelling.
         ([("X-Auth-Request-Email", ALICE), ("X-Auth-Request-Email", "eve@example.org")], "10.1.2.3", None),
         ([("X-Auth-Request-Email", ALICE), ("X_Auth_Request_Email", "eve@example.org")], "10.1.2.3", None),
+        # Nor when the proxy says nothing, having removed the field under its own name only.
+        ([("X_Auth_Request_Email", ALICE)], "10.1.2.3", None),
+        ([("X-Auth_Request-Email", ALICE)], "10.1.2.3", None),
         ([("X-Forwarded-For", "10.1.2.3"), ("X-Auth-Request-Email", ALICE)], "203.0.113.9", None),
         ([("X-Auth-Request-Email", "")], "10.1.2.3", None),
         ([("X-Auth-Request-Email", f"{ALICE},eve@example.org")], "10.1.2.3", None),
@@ -224,6 +227,28 @@ CERTIFICATES = {
 }
 
 
+class Odd:
+    """A certificate that cannot be made, only written: the library raises of several kinds when it reads it."""
+
+    def __init__(self, old: bytes, new: bytes) -> None:
+        self._old, self._new = old, new
+
+    def public_bytes(self, encoding: Encoding) -> bytes:
+        der = CERTIFICATES["good"][0].public_bytes(Encoding.DER)
+        assert self._old in der
+        der = der.replace(self._old, self._new, 1)
+        if encoding is Encoding.DER:
+            return der
+        text = base64.encodebytes(der)
+        return b"-----BEGIN CERTIFICATE-----\n" + text + b"-----END CERTIFICATE-----\n"
+
+
+ODD: tuple[Any, ...] = (
+    Odd(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x63"),  # a version that there is not
+    Odd(b"\x06\x03\x55\x1d\x25", b"\x06\x03\x55\x1d\x11"),  # two extensions of a kind
+)
+
+
 @pytest.mark.parametrize("form", ["rfc9440", "pem"])
 async def test_client_certificates(tmp_path: Path, form: str) -> None:
     ca = tmp_path / "ca.pem"
@@ -243,8 +268,11 @@ async def test_client_certificates(tmp_path: Path, form: str) -> None:
         "-----BEGIN CERTIFICATE-----",
         good + good,
         good[:-9] + "AAAAAAAA:",
+        *(written(c) for c in ODD),
     ):
         assert await who(chosen, [("Client-Cert", value)]) is None, value
+    # A certificate is no secret: only the proxy's own field says that the visitor has its key.
+    assert await who(chosen, [("Client_Cert", good)]) is None
     assert await who(chosen, [("Client-Cert", good), ("Client_Cert", good)]) is None
     assert await who(chosen, [("Client-Cert", good)], "203.0.113.9") is None
     assert tuple(chosen.private_headers) == ("Client-Cert", "Client-Cert-Chain")

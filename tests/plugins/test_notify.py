@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import ssl
 import stat
@@ -33,7 +34,12 @@ from guestpass_plugins.notify.smtp import Smtp, parse_url
 
 SENDER = "Guestpass <share@example.com>"
 
-HOST: Any = SimpleNamespace(logger=logging.getLogger("test"), now=lambda: 1785585600.25)
+HOST: Any = SimpleNamespace(
+    logger=logging.getLogger("test"),
+    now=lambda: 1785585600.25,
+    derive_key=lambda purpose: hmac.digest(b"k", purpose.encode(), "sha256"),
+)
+KEY = b"k" * 32
 
 
 def message(**fields: object) -> Message:
@@ -86,7 +92,7 @@ def _text(part: EmailMessage) -> str:
 )
 def test_subjects_come_back_as_they_were(name: str) -> None:
     for subject in (f"Olga shared “{name}” with you", name, f"{name} {name}"):
-        data = letter(message(subject=subject), SENDER).as_bytes()
+        data = letter(message(subject=subject), SENDER, KEY).as_bytes()
         mail = read(data)
         assert mail["Subject"] == subject
         assert [key.lower() for key in mail.keys()] == HEADERS  # noqa: SIM118
@@ -95,7 +101,7 @@ def test_subjects_come_back_as_they_were(name: str) -> None:
 
 
 def test_headers_and_parts() -> None:
-    mail = read(letter(message(), SENDER).as_bytes())
+    mail = read(letter(message(), SENDER, KEY).as_bytes())
     assert mail["From"] == SENDER
     assert mail["To"] == "alice@example.org"
     assert mail["Auto-Submitted"] == "auto-generated"
@@ -110,20 +116,38 @@ def test_headers_and_parts() -> None:
 
 
 def test_a_plain_text_stays_readable_in_the_file() -> None:
-    assert b"\r\nhttps://share.example.com/s/" + b"x" * 43 + b"\r\n" in letter(message(), SENDER).as_bytes()
+    assert (
+        b"\r\nhttps://share.example.com/s/" + b"x" * 43 + b"\r\n" in letter(message(), SENDER, KEY).as_bytes()
+    )
 
 
 @pytest.mark.parametrize("text", ["ü" * 3000, "x" * 3000, ".\n..\nFrom here\n", "👍\n" * 100])
 def test_texts_come_back_as_they_were(text: str) -> None:
-    data = letter(message(text=text, html=None), SENDER).as_bytes()
+    data = letter(message(text=text, html=None), SENDER, KEY).as_bytes()
     assert data.isascii()
     assert all(len(line) <= 998 for line in data.split(b"\r\n"))
     assert _text(read(data)).rstrip("\n") == text.rstrip("\n")
 
 
 def test_the_same_message_has_the_same_id() -> None:
-    assert letter(message(), SENDER)["Message-ID"] == letter(message(), SENDER)["Message-ID"]
-    assert letter(message(), SENDER)["Message-ID"] != letter(message(text="other"), SENDER)["Message-ID"]
+    first, again, other = (
+        letter(m, SENDER, KEY)["Message-ID"] for m in (message(), message(), message(text="other"))
+    )
+    assert first == again != other
+
+
+async def test_an_id_does_not_tell_the_code(tmp_path: Path) -> None:
+    """Every mail server on the way logs it, and of a code there are 10⁸: whoever knows the words of the mail could
+    try all of them, were the id made of the mail alone."""
+    found = []
+    for number, key in enumerate((b"one", b"one", b"two")):
+        outbox = Outbox("outbox", Outbox.Config(folder=tmp_path / str(number), sender=SENDER))
+        host = SimpleNamespace(**{**vars(HOST), "derive_key": lambda purpose, key=key: key})
+        await outbox.start(host)  # type: ignore[arg-type]
+        await outbox.deliver(message(kind="code"))
+        (file,) = (tmp_path / str(number)).iterdir()
+        found.append(read(file.read_bytes())["Message-ID"])
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +168,7 @@ def test_the_same_message_has_the_same_id() -> None:
 )
 def test_no_header_carries_another(fields: dict[str, object]) -> None:
     with pytest.raises(NotDelivered) as caught:
-        letter(message(**fields), SENDER)
+        letter(message(**fields), SENDER, KEY)
     assert caught.value.permanent
 
 

@@ -246,6 +246,20 @@ async def test_subjects(transmitter: Transmitter) -> None:
         assert await admitted(stack, browser) != ends, subject
 
 
+@pytest.mark.parametrize("issuer", [ISSUER, ISSUER + "/"])
+async def test_a_subject_of_oidc(tmp_path: Path, issuer: str) -> None:
+    """That authenticator knows people by issuer and subject; Google's transmitter writes its issuer with a slash."""
+    async with receiving(tmp_path, issuer=issuer, provider="google") as transmitter:
+        stack = transmitter.stack
+        assert stack is not None
+        await stack.edge.service.proofs.remember(Identity(EMAIL, "google", f"{ISSUER} 1234", time.time()))
+        for subject, ends in (("1234", True), ("99", False)):
+            browser = await sign_in(stack, stack.share_id)
+            found = {"format": "iss_sub", "iss": issuer, "sub": subject}
+            assert (await transmitter.push(token(claims(iss=issuer, sub_id=found))))[0] == 202
+            assert await admitted(stack, browser) != ends, subject
+
+
 HARMLESS: list[dict[str, Any]] = [
     {f"{SSF}verification": {"state": "abc"}},
     {f"{SSF}stream-updated": {"status": "enabled"}},

@@ -82,7 +82,11 @@ class BehindProxy(Authenticator):
 
 
 def only(sign_in: SignIn, name: str) -> str | None:
-    """The only field of that name, in whatever spelling; None when it is absent or comes more than once."""
-    wanted = name.lower().replace("_", "-")
-    found = [value for key, value in sign_in.headers if key.lower().replace("_", "-") == wanted]
-    return found[0].strip() if len(found) == 1 else None
+    """The only field of that name; None when it is absent, or when there is another one, in whatever spelling. With an
+    underscore it is not the proxy's: a proxy that removes what visitors write under its field's name need not remove
+    that."""
+    wanted = name.lower()
+    found = [
+        (key.lower(), value) for key, value in sign_in.headers if key.lower().replace("_", "-") == wanted
+    ]
+    return found[0][1].strip() if len(found) == 1 and found[0][0] == wanted else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import hmac
 import re
 import unicodedata
 from email.header import Header
@@ -15,6 +15,9 @@ from guestpass.plugin import Message, NotDelivered
 
 # 7-bit throughout: no server on the way has a reason to rewrite the body.
 POLICY = SMTP.clone(cte_type="7bit")
+
+# What `Host.derive_key` is asked for.
+KEY_PURPOSE = "message id"
 
 # RFC 2047, 2: a line with an encoded word has at most 76 characters.
 MAX_ENCODED_LINE = 76
@@ -40,9 +43,10 @@ def address_of(sender: str) -> str:
     return str(message["From"].addresses[0].addr_spec)
 
 
-def letter(message: Message, sender: str) -> EmailMessage:
+def letter(message: Message, sender: str, key: bytes) -> EmailMessage:
     """The mail to `message.to` alone. The same message gives the same Message-ID, so that a mail that went out twice
-    (the process died before it knew that the first was taken) is shown once.
+    (the process died before it knew that the first was taken) is shown once. It is made with a secret `key`: mail
+    servers log it, and a code has so few digits that a plain digest would tell it.
 
     Raises NotDelivered (permanent) when a header could carry a second one.
     """
@@ -55,7 +59,7 @@ def letter(message: Message, sender: str) -> EmailMessage:
         mail["To"] = to
         _set_subject(mail, message.subject)
         mail["Date"] = localtime()
-        mail["Message-ID"] = f"<{_digest(message)}@{address_of(sender).rpartition('@')[2]}>"
+        mail["Message-ID"] = f"<{identity_of(message, key)}@{address_of(sender).rpartition('@')[2]}>"
         mail["Auto-Submitted"] = "auto-generated"  # RFC 3834: no vacation replies
         mail.set_content(message.text, cte=None if _plain(message.text) else "quoted-printable")
         if message.html is not None:
@@ -86,9 +90,11 @@ def _check_head(mail: EmailMessage) -> None:
         raise ValueError("a header would bring another one")
 
 
-def _digest(message: Message) -> str:
+def identity_of(message: Message, key: bytes) -> str:
+    """32 hexadecimal digits that are the same for the same message, and tell nothing of it to who has not the key."""
     parts = (message.kind, message.to, message.subject, message.text, message.share_id or "")
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    whole = "\0".join((*parts, str(message.expires)))
+    return hmac.digest(key, whole.encode(), "sha256").hex()[:32]
 
 
 def _plain(text: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from guestpass.plugin import ConfigPath, Host, Message, NotDelivered, Notifier, PluginConfig
-from guestpass_plugins.notify.letter import check_sender, letter
+from guestpass_plugins.notify.letter import KEY_PURPOSE, check_sender, letter
 
 __all__ = ["Outbox"]
 
@@ -28,12 +28,13 @@ class Outbox(Notifier):
     async def start(self, host: Host) -> None:
         """Raises OSError when the folder cannot be written."""
         await super().start(host)
+        self._key = host.derive_key(KEY_PURPOSE)
         folder: Path = self.config.folder
         await asyncio.to_thread(_make_folder, folder)
         host.logger.info("mail is written to %s", folder)
 
     async def deliver(self, message: Message) -> str:
-        data = letter(message, self.config.sender).as_bytes()
+        data = letter(message, self.config.sender, self._key).as_bytes()
         at = datetime.fromtimestamp(self.host.now(), UTC).strftime("%Y%m%dT%H%M%S.%fZ")
         kind = "".join(c for c in message.kind if c.isalnum()) or "message"
         path: Path = self.config.folder / f"{at}-{kind}-{secrets.token_hex(4)}.eml"

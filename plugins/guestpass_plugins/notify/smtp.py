@@ -17,7 +17,7 @@ import aiosmtplib
 from pydantic import AfterValidator, model_validator
 
 from guestpass.plugin import ConfigPath, Host, Message, NotDelivered, Notifier, PluginConfig, Secret
-from guestpass_plugins.notify.letter import address_of, check_sender, letter
+from guestpass_plugins.notify.letter import KEY_PURPOSE, address_of, check_sender, letter
 
 __all__ = ["Smtp"]
 
@@ -100,6 +100,7 @@ class Smtp(Notifier):
     async def start(self, host: Host) -> None:
         """Raises OSError for a CA file that does not load. The server itself may be down now and up later."""
         await super().start(host)
+        self._key = host.derive_key(KEY_PURPOSE)
         ca: Path | None = self.config.ca
         self._server = parse_url(self.config.url.get_secret_value())
         self._tls = None if self._server.tls == "none" else ssl.create_default_context(cafile=ca)
@@ -110,7 +111,7 @@ class Smtp(Notifier):
         self._from = address_of(self.config.sender)
 
     async def deliver(self, message: Message) -> str:
-        mail, server = letter(message, self.config.sender), self._server
+        mail, server = letter(message, self.config.sender, self._key), self._server
         client = aiosmtplib.SMTP(
             hostname=server.host,
             port=server.port,

@@ -7,9 +7,8 @@ message is worth delivering. 422 says that this address can never be reached, wh
 
 from __future__ import annotations
 
-from hashlib import sha256
-
 from guestpass.plugin import Host, Message, NotDelivered, Notifier
+from guestpass_plugins.notify.letter import KEY_PURPOSE, identity_of
 from guestpass_plugins.webhook import Endpoint, NotSent, Signer, in_rfc3339, send
 
 __all__ = ["Webhook"]
@@ -24,6 +23,7 @@ class Webhook(Notifier):
     async def start(self, host: Host) -> None:
         await super().start(host)
         self._signer = Signer(self.config.secret)
+        self._key = host.derive_key(KEY_PURPOSE)
 
     def accepts(self, message: Message) -> bool:
         domain = message.to.rpartition("@")[2]
@@ -39,8 +39,7 @@ class Webhook(Notifier):
             "expires": None if message.expires is None else in_rfc3339(message.expires),
         }
         # Made of the message itself, so that it is the same when the edge tries again, even after a restart.
-        parts = (message.kind, message.to, message.subject, message.text, str(message.expires))
-        message_id = "msg_" + sha256("\0".join(parts).encode()).hexdigest()[:32]
+        message_id = "msg_" + identity_of(message, self._key)
         try:
             response = await send(
                 self.host,

@@ -252,9 +252,10 @@ class SecurityEvents(Revoker):
             elif form == "iss_sub" and self.config.provider is not None:
                 if part.get("iss") != self.config.issuer or not isinstance(part.get("sub"), str):
                     continue
-                address = await self.host.address_of(self.config.provider, part["sub"])
-                if address is not None:
-                    yield address
+                for known_as in _subjects(part["iss"], part["sub"]):
+                    address = await self.host.address_of(self.config.provider, known_as)
+                    if address is not None:
+                        yield address
 
     # ── keys ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -308,6 +309,12 @@ def _parts(subject: Any) -> Iterator[Mapping[str, Any]]:
     inner = subject.get("identifiers")
     candidates = inner if isinstance(inner, list) else [subject.get("user")]
     yield from (part for part in candidates[:10] if isinstance(part, dict))
+
+
+def _subjects(issuer: str, subject: str) -> tuple[str, ...]:
+    """As what an authenticator may know somebody: `oidc` says the issuer of its ID tokens besides, and that of a
+    transmitter may have a slash at its end (Google)."""
+    return (subject, f"{issuer} {subject}", f"{issuer.removesuffix('/')} {subject}")
 
 
 def _algorithms_of(key: jwt.PyJWK) -> tuple[str, ...]:

@@ -246,7 +246,7 @@ class Admission(Desk):
             session, share = await self._session_of(kind, digest, share_id)
             if kind is SessionKind.TOKEN and session.email != await self._bearer(request, share):
                 raise Unauthorized("There is no such session.")
-            if session.provider in self._plugins.removed:
+            if kind is SessionKind.COOKIE and not self._plugins.offers(session.provider):
                 raise Unauthorized("This way of signing in is not offered any more.")
             await self._check(share, session)
             static = await self._plugins.compile(share, session)
@@ -284,7 +284,7 @@ class Admission(Desk):
         context = RequestContext(
             method=request.method,
             path=request.raw_path,
-            headers=[(k.decode("latin-1"), v.decode("latin-1")) for k, v in request.raw_headers],
+            headers=h.for_plugins(request.raw_headers),
             client=request[CLIENT],
             share=share,
             session=None,
@@ -377,7 +377,7 @@ class Admission(Desk):
 
     async def _open(self, request: web.Request, share: Share, identity: Identity, path: str) -> web.Response:
         """The second half: a session for this browser."""
-        if not share.takes(identity.provider):
+        if not share.takes(identity.provider) or not self._plugins.offers(identity.provider):
             return self._not_taken(identity, share)
         recipient = share.recipient(identity.email)
         if recipient is None:

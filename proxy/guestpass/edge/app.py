@@ -635,7 +635,9 @@ class Edge:
             else ""
         )
         address = h.client_address(peer, request.raw_headers, self.config.edge.trusted_proxies)
-        request[CLIENT] = Client(address, request.headers.get("User-Agent", "")[:200])
+        # What is not UTF-8 could be stored nowhere.
+        agent = request.headers.get("User-Agent", "")[:200].encode("utf-8", "replace").decode("utf-8")
+        request[CLIENT] = Client(address, agent)
         # A trusted proxy ends TLS for us; what it was spoken to as is our public scheme.
         proxied = h.within(peer, self.config.edge.trusted_proxies)
         request[SCHEME] = "https" if request.secure else self.origins.scheme if proxied else "http"

@@ -25,9 +25,9 @@ from guestpass.edge.browser import (
     FormRefused,
     Handler,
     Limiter,
-    arrived,
     csrf_token,
     drop_cookie,
+    form_fields,
     guarded,
     own_cookie,
     posted,
@@ -168,10 +168,8 @@ class Console:
             raise FormRefused("The form came from another site.")
         if not self._tries.admits(request[CLIENT]):
             return self._pages.error(429, request=request, retry_after=int(TRIES_WINDOW))
-        await arrived(request)
-        form = await request.post() if request.content_type == "application/x-www-form-urlencoded" else {}
-        key = form.get("key", "")
-        if not isinstance(key, str) or not hmac.compare_digest(tokens.digest(key.strip()), self._api_key):
+        key = (await form_fields(request)).get("key", "")
+        if not hmac.compare_digest(tokens.digest(key.strip()), self._api_key):
             return self._render_sign_in(403, "That is not the API key. It begins with gpk_.")
         now = self._now()
         self.owners = {k: o for k, o in self.owners.items() if o.until > now}

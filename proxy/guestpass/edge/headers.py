@@ -181,6 +181,28 @@ def split_credentials(value: bytes) -> tuple[bytes, bytes]:
     return scheme.lower(), credentials.strip(b" \t")
 
 
+def is_our_token(authorization: bytes, prefix: bytes) -> bool:
+    """Whether an Authorization field carries a bearer token that begins with `prefix`, in any spelling."""
+    scheme, credentials = split_credentials(authorization)
+    return scheme == b"bearer" and credentials.lower().startswith(prefix)
+
+
+def for_plugins(headers: RawHeaders, bearer_prefix: bytes | None = None) -> list[tuple[str, str]]:
+    """The fields as text, without what lets somebody in: our cookies, and, where a prefix is given, our tokens. A
+    plugin that decides on a request does not need them, and one that is hostile would be whoever sent it."""
+    found = []
+    for name, value in headers:
+        lower = name.lower()
+        if lower == b"cookie":
+            value = strip_our_cookies(value)
+            if not value:
+                continue
+        elif lower == b"authorization" and bearer_prefix and is_our_token(value, bearer_prefix):
+            continue
+        found.append((name.decode("latin-1"), value.decode("latin-1")))
+    return found
+
+
 # ── towards the application ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -207,10 +229,8 @@ def request_head(
             value = strip_our_cookies(value)
             if not value:
                 continue
-        elif lower == b"authorization":
-            scheme, credentials = split_credentials(value)
-            if scheme == b"bearer" and credentials.lower().startswith(bearer_prefix):
-                continue
+        elif lower == b"authorization" and is_our_token(value, bearer_prefix):
+            continue
         out += (name, b": ", value, b"\r\n")
     if upgrade:
         out.append(b"Connection: Upgrade\r\nUpgrade: websocket\r\n")

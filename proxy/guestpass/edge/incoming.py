@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from guestpass.edge.browser import Limiter, arrived
+from guestpass.edge import headers as h
+from guestpass.edge.browser import BodyTooSlow, Limiter, arrived
 from guestpass.edge.keys import CLIENT, SHARE_ID
 from guestpass.errors import PluginError
 from guestpass.plugin import Answer, Incoming, Reply, settled
@@ -84,20 +85,24 @@ class IncomingRoutes:
             raise web.HTTPNotFound
         if not self._limiter.admits(request[CLIENT]):
             return web.Response(status=429, headers={"Retry-After": str(int(CALLS_WINDOW))})
-        if self._under_way[name] >= MOST_AT_ONCE:
-            return web.Response(status=503, headers={"Retry-After": str(RETRY_AFTER)})
         if (request.content_length or 0) > MAX_BODY:
             raise web.HTTPRequestEntityTooLarge(MAX_BODY, request.content_length or 0)
-        self._under_way[name] += 1
         try:
             await arrived(request)
-            body = await request.read()
-            if len(body) > MAX_BODY:
-                raise web.HTTPRequestEntityTooLarge(MAX_BODY, len(body))
+        except BodyTooSlow as exc:
+            return web.Response(status=exc.status, headers={"Connection": "close"})
+        body = await request.read()
+        if len(body) > MAX_BODY:
+            raise web.HTTPRequestEntityTooLarge(MAX_BODY, len(body))
+        # Under way is what is there: who sends slowly must not take the place of who has something to tell.
+        if self._under_way[name] >= MOST_AT_ONCE:
+            return web.Response(status=503, headers={"Retry-After": str(RETRY_AFTER)})
+        self._under_way[name] += 1
+        try:
             call = Incoming(
                 method=request.method,
                 path=path,
-                headers=[(k.decode("latin-1"), v.decode("latin-1")) for k, v in request.raw_headers],
+                headers=h.for_plugins(request.raw_headers),
                 body=body,
                 client=request[CLIENT],
             )

@@ -28,12 +28,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from guestpass.config import Isolation, PluginSection, Secret
+from guestpass.edge.isolation_child import SYSTEM
 from guestpass.edge.isolation_wire import HOOKS, SERVICES, Frames, WireError, WireSignIn, dump, load, pack
 from guestpass.errors import ConfigError, PluginError
 from guestpass.model import Candidate, Event, Identity, Revocation, Session, Share
@@ -69,8 +71,22 @@ STOP_SECONDS = 2.0
 RESTART_FIRST = 0.1
 RESTART_MAX = 10.0
 SETTLED_SECONDS = 30.0
-# Services of the host that one process may be waiting for.
+# Services of the host that one process may be waiting for; it waits as well until it has read the answer.
 MAX_ASKED = 256
+# Sign-ins of which it may ask who is invited. That is asked after the hook has answered, so that nobody feels the
+# difference: the latest ones are kept.
+MAX_SIGN_INS = 1024
+# Revocations that it has yielded and that are not carried out, and the size of each: a burst, not a flood.
+MAX_YIELDED = 4096
+MAX_YIELD = 4096
+# Of its log this many lines in a window, each of this length: a flood must not fill the disk.
+LOG_LINES, LOG_SECONDS = 200, 10.0
+LOG_TEXT = 8192
+# Fields of which it says that no application may see them.
+MAX_PRIVATE = 16
+
+# Whose hooks are asked about what a visitor wrote: what cannot be passed on is the visitor's fault, not the plugin's.
+OF_VISITORS = ("authenticator", "request-filter")
 
 BOOT = (
     "import sys; sys.path[:] = sys.argv[2:]; "
@@ -99,9 +115,10 @@ class Loading:
     name: str
     settings: Mapping[str, Any]
     isolation: Isolation
+    kept: Sequence[Path]  # folders with what is not the plugin's: the edge's own files
 
     def message(self) -> dict[str, Any]:
-        """Raises ConfigError when a secret is missing."""
+        """Raises ConfigError when a secret is missing, or when the edge's own files lie where the process may read."""
         folder = self.file.parent
         secrets = {
             repr(sorted(table.items())): Secret.model_validate(table).of(self.file, self.section)
@@ -109,9 +126,16 @@ class Loading:
         }
         source = self.use.rpartition(":")[0]
         own = [str((folder / source).resolve())] if source.endswith(".py") else []
-        config = folder.resolve()
+        kept = [path.resolve() for path in (folder, *self.kept)]
         # Not where the edge keeps its state, should that lie on Python's path.
-        path = [p for p in sys.path if p and not config.is_relative_to(Path(p).resolve())]
+        path = [p for p in sys.path if p and not any(k.is_relative_to(Path(p).resolve()) for k in kept)]
+        for readable in (*SYSTEM, sys.prefix, sys.base_prefix):
+            if found := next((k for k in kept if k.is_relative_to(Path(readable).resolve())), None):
+                raise ConfigError(
+                    f'{self.file}: [[{self.section}]] number {self.position} with isolation = "process" could read '
+                    f"the edge's own files in {found}: its process needs {readable}",
+                    hint="Keep the configuration and the state elsewhere.",
+                )
         return {
             "do": "load",
             "section": self.section,
@@ -245,9 +269,11 @@ class Isolated(Plugin):
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._cancelled: dict[int, asyncio.TimerHandle] = {}
         self._yields: dict[int, asyncio.Queue[Any]] = {}
-        self._invited: dict[int, Callable[[str], Awaitable[bool]]] = {}
+        # By the id of the hook's call, the oldest first.
+        self._invited: OrderedDict[int, Callable[[str], Awaitable[bool]]] = OrderedDict()
         self._asked: set[asyncio.Task[None]] = set()
         self._ids = 0
+        self._said, self._said_since = 0, 0.0  # lines of its log in this window
         self._writer: asyncio.StreamWriter | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._down: str | None = "it is not started"
@@ -438,15 +464,22 @@ class Isolated(Plugin):
         hook = HOOKS[self.kind][name]
         self._ids += 1
         number = self._ids
-        given = [
-            dump(kind, self._wired(number, arg) if kind is WireSignIn else arg)
-            for kind, arg in zip(hook.args, args, strict=True)
-        ]
-        self._send({"do": "call", "id": number, "hook": name, "args": given})
+        try:
+            given = [
+                dump(kind, self._wired(number, arg) if kind is WireSignIn else arg)
+                for kind, arg in zip(hook.args, args, strict=True)
+            ]
+            self._send({"do": "call", "id": number, "hook": name, "args": given})
+        except WireError as exc:
+            if self.kind in OF_VISITORS:
+                raise Denied("This cannot be read here.") from exc
+            raise
         return number
 
     def _wired(self, number: int, sign_in: SignIn) -> WireSignIn:
         self._invited[number] = sign_in.is_invited
+        while len(self._invited) > MAX_SIGN_INS:
+            self._invited.popitem(last=False)
         return WireSignIn(
             *(
                 sign_in.flow_id,
@@ -474,7 +507,6 @@ class Isolated(Plugin):
             raise
         finally:
             self._calls.pop(number, None)
-            self._invited.pop(number, None)
 
     async def stream(self, name: str) -> AsyncIterator[Any]:
         """What the plugin's iterator yields."""
@@ -508,6 +540,10 @@ class Isolated(Plugin):
             self._answered(message)
         elif do == "yield":
             if (queue := self._yields.get(message["id"])) is not None:
+                if queue.qsize() >= MAX_YIELDED:
+                    raise WireError(f"more than {MAX_YIELDED} revocations wait")
+                if len(pack(message)) > MAX_YIELD:
+                    raise WireError(f"a revocation of more than {MAX_YIELD} bytes")
                 queue.put_nowait(message["value"])
         elif do == "host":
             if len(self._asked) >= MAX_ASKED:
@@ -516,10 +552,21 @@ class Isolated(Plugin):
             self._asked.add(task)
             task.add_done_callback(self._asked.discard)
         elif do == "log":
-            logger = self.host.logger
-            logger.log(max(logging.DEBUG, min(int(message["level"]), logging.ERROR)), "%s", message["text"])
+            self._log(int(message["level"]), str(message["text"]))
         else:
             raise WireError(f"what is {do!r}")
+
+    def _log(self, level: int, text: str) -> None:
+        now = time.monotonic()
+        if now - self._said_since >= LOG_SECONDS:
+            self._said, self._said_since = 0, now
+        self._said += 1
+        if self._said <= LOG_LINES:
+            self.host.logger.log(max(logging.DEBUG, min(level, logging.ERROR)), "%s", text[:LOG_TEXT])
+        elif self._said == LOG_LINES + 1:
+            self.host.logger.warning(
+                "more than %d lines within %g s: further ones are dropped", LOG_LINES, LOG_SECONDS
+            )
 
     def _answered(self, message: dict[str, Any]) -> None:
         number = message["id"]
@@ -550,8 +597,10 @@ class Isolated(Plugin):
         except Exception as exc:
             reply["error"] = {"text": f"{type(exc).__name__}: {exc}"}
         if reply["id"] is not None:
-            with contextlib.suppress(ProcessDied, WireError):
+            with contextlib.suppress(ProcessDied, WireError, ConnectionError):
                 self._send(reply)
+                if self._writer is not None:
+                    await self._writer.drain()
 
     async def _service(self, name: str, args: list[Any]) -> Any:
         host = self.host
@@ -591,6 +640,10 @@ class IsolatedAuthenticator(Isolated, Authenticator):
         self.interactive = bool(self._process.loaded["interactive"])  # type: ignore[misc]
         self.label = str(self._process.loaded["label"])
         self.needs_proof = bool(self._process.loaded["needs_proof"])
+        private = self._process.loaded["private_headers"]
+        if not isinstance(private, list) or len(private) > MAX_PRIVATE:
+            raise PluginError(f"plugin {self.name!r}: private_headers are at most {MAX_PRIVATE} names")
+        self.private_headers = tuple(map(str, private))
 
     async def begin(self, sign_in: SignIn) -> Step:
         return await self.ask("begin", sign_in)  # type: ignore[no-any-return]
@@ -649,12 +702,20 @@ PROXIES: Mapping[str, type[Isolated]] = {
 
 
 def isolated(
-    kind: str, section: str, entry: PluginSection, position: int, file: Path, line: int | None
+    kind: str,
+    section: str,
+    entry: PluginSection,
+    position: int,
+    file: Path,
+    line: int | None,
+    kept: Sequence[Path] = (),
 ) -> Isolated:
-    """The proxy of a plugin whose process has loaded it. Raises PluginError, ConfigError."""
+    """The proxy of a plugin whose process has loaded it; it may read nothing in the folders of `kept`, nor in that of
+    `file`. Raises PluginError, ConfigError."""
     assert entry.isolation is not None
     loading = Loading(
-        kind, section, position, line, file, entry.use, entry.name, entry.settings, entry.isolation
+        *(kind, section, position, line, file, entry.use, entry.name, entry.settings, entry.isolation),
+        kept,
     )
     try:
         return PROXIES[kind](loading)

@@ -419,6 +419,7 @@ def _describe(plugin: Plugin) -> dict[str, Any]:
         "interactive": isinstance(plugin, Authenticator) and bool(plugin.interactive),
         "label": str(getattr(plugin, "label", "")),
         "needs_proof": bool(getattr(plugin, "needs_proof", False)),
+        "private_headers": list(getattr(plugin, "private_headers", ())),
         "hooks": [h for h in HOOKS[plugin.kind] if getattr(type(plugin), h) is not getattr(base, h)],
     }
 

@@ -5,7 +5,7 @@ A frame is a length (four bytes, big-endian) and a JSON object whose `do` says w
 | from | do | with |
 |---|---|---|
 | edge | load | kind, use, name, settings, folder, secrets, limits, files |
-| process | loaded | name, interactive, label, needs_proof, hooks |
+| process | loaded | name, interactive, label, needs_proof, private_headers, hooks |
 | process | refused | message, hint: the plugin cannot be loaded |
 | edge | start, stop | seed: what `Host.derive_key` rests on |
 | edge | call, cancel | id, hook, args |

@@ -359,11 +359,13 @@ async def _contained(awaitable: Awaitable[T]) -> T:
         raise RuntimeError(f"it raised {type(exc).__name__}") from exc
 
 
-def _built(kind: Kind, section: PluginSection, position: int, file: Path) -> Plugin:
+def _built(
+    kind: Kind, section: PluginSection, position: int, file: Path, kept: Sequence[Path] = ()
+) -> Plugin:
     if section.isolation is None:
         return build(kind, section, position, file)
     line = section_line(file, kind.section, position)
-    return isolated(kind.name, kind.section, section, position, file, line)
+    return isolated(kind.name, kind.section, section, position, file, line, kept)
 
 
 def _overrides(plugin: Plugin, base: type[Plugin], hook: str) -> bool:
@@ -604,7 +606,7 @@ class PluginSet:
             )
             plugins[kind.section] = []
             for position, section in enumerate(sections, 1):
-                plugin = _built(kind, section, position, config.file)
+                plugin = _built(kind, section, position, config.file, (config.database.parent,))
                 taken = [p.name for p in plugins[kind.section]]
                 plugins[kind.section].append(plugin)
                 if plugin.name in taken:
@@ -811,6 +813,11 @@ class PluginSet:
         """All, in the order of the configuration."""
         return [slot.plugin for slot in self._authenticate]
 
+    def offers(self, provider: str) -> bool:
+        """Whether this way of signing in is configured: what rests on one that is not counts no more, be it that it
+        went at a SIGHUP or at a restart."""
+        return any(slot.name == provider for slot in self._authenticate)
+
     @property
     def interactive(self) -> list[Authenticator]:
         """Those that stand on the sign-in page."""
@@ -888,7 +895,9 @@ class PluginSet:
             email = canonical(found.email)
         except InvalidEmail as exc:
             raise slot.failed(hook, exc) from exc
-        return dataclasses.replace(found, email=email, provider=slot.name, proven=found.proven or self._now())
+        # Not of the future: that would outlive the address's being signed out of everything.
+        proven = min(found.proven or self._now(), self._now())
+        return dataclasses.replace(found, email=email, provider=slot.name, proven=proven)
 
     # ── Revokers ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -981,12 +990,17 @@ class PluginSet:
     async def compile(self, share: Share, session: Session) -> Compiled | None:
         """What the filters say for every request of the session. Raises Forbidden with the words of one that refused,
         PluginFailed."""
-        answers = [
-            (slot.name, Static(edits=Edits(remove=frozenset(spellings(slot.plugin.private_headers)))))
-            for slot in self._authenticate
-            if slot.plugin.private_headers
-        ]
-        compiled = self._compiler.compile(answers, share, session)
+        answers: list[tuple[str, Static]] = []
+        compiled: Compiled | None = None
+        for one in self._authenticate:
+            if not one.plugin.private_headers:
+                continue
+            try:
+                removed = frozenset(spellings(one.plugin.private_headers))
+                answers.append((one.name, Static(edits=Edits(remove=removed))))
+                compiled = self._compiler.compile(answers, share, session)
+            except (ValueError, TypeError, AttributeError) as exc:
+                raise one.failed("private_headers", exc) from exc
         for slot in self._filter:
             if not _overrides(slot.plugin, RequestFilter, "compile"):
                 continue

@@ -342,7 +342,7 @@ class Relay:
         context = RequestContext(
             method=request.method,
             path=target,
-            headers=[(k.decode("latin-1"), v.decode("latin-1")) for k, v in raw]
+            headers=h.for_plugins(raw, BEARER_PREFIX.encode("ascii"))
             if self._plugins.filters_requests
             else (),
             client=request[CLIENT],

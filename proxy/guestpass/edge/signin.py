@@ -24,6 +24,7 @@ import orjson
 from aiohttp import web
 
 from guestpass import tokens
+from guestpass.edge import headers as h
 from guestpass.edge.browser import (
     FLOW_COOKIE,
     ME_COOKIE,
@@ -520,6 +521,8 @@ class SignInPages(Desk):
         data = await self._service.get_flow(secret) if secret is not None else None
         if secret is None or data is None or data.get("type") != "me":
             return None
+        if not self._plugins.offers(data["provider"]):
+            return None
         if not await self._service.proofs.holds(data["email"], data["proven"]):
             return None
         return _Known(secret, data["email"], data["provider"], data["subject"], data["proven"])
@@ -604,7 +607,7 @@ class SignInPages(Desk):
             callback_url=f"{self._origins.main}/callback/{name}",
             is_invited=is_invited,
             link=flow.link,
-            headers=[(k.decode("latin-1"), v.decode("latin-1")) for k, v in request.raw_headers],
+            headers=h.for_plugins(request.raw_headers, tokens.BEARER_PREFIX.encode("ascii")),
             peer=peer_address(request),
         )
 

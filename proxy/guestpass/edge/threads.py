@@ -1,8 +1,9 @@
 """Threads for the hooks of a plugin that blocks.
 
 A deadline cannot stop a thread: one that overruns it is left behind, and its place is missing until it returns. When
-every place is held by such threads the plugin is not asked any more (`Exhausted`). The threads are daemons, so that a
-hook which never returns does not keep the edge from ending.
+every place is held by such threads the plugin is not asked any more (`Exhausted`). A hook whose visitor went away runs
+on and has its deadline all the same: strangers who come and go must not switch a plugin off. The threads are daemons,
+so that a hook which never returns does not keep the edge from ending.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ class Exhausted(Exception):
 
 
 class _Job:
-    __slots__ = ("abandoned", "call", "future", "running")
+    __slots__ = ("abandoned", "call", "future", "overran", "running")
 
     def __init__(self, call: Callable[[], Any], future: asyncio.Future[Any]) -> None:
         self.call = call
         self.future = future
         self.running = False
         self.abandoned = False
+        self.overran = False
 
 
 class Threads:
@@ -56,17 +58,25 @@ class Threads:
             name = f"{self._name} {self._threads}"
             threading.Thread(target=self._work, args=(loop,), name=name, daemon=True).start()
         self._queue.put(job)
+        until = loop.time() + deadline
         try:
             async with asyncio.timeout(deadline):
                 return await asyncio.shield(job.future)
         except TimeoutError:
             if job.future.done():  # the hook's own
                 raise
+            self._overran(job)
             raise TimeoutError(f"no answer within {deadline:g} seconds") from None
         finally:
             if not job.future.done():
                 job.abandoned = True
-                self._left_behind += job.running
+                if not job.overran:
+                    loop.call_at(until, self._overran, job)
+
+    def _overran(self, job: _Job) -> None:
+        if job.running and not job.future.done():
+            job.overran = True
+            self._left_behind += 1
 
     def close(self) -> None:
         """Threads that are at work end with their hook."""
@@ -92,7 +102,7 @@ class Threads:
 
     def _finished(self, job: _Job, result: Any, error: BaseException | None) -> None:
         self._jobs -= 1
-        self._left_behind -= job.abandoned and job.running
+        self._left_behind -= job.overran
         if job.future.done():
             return
         if error is None:

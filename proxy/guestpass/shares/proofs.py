@@ -26,11 +26,10 @@ class Proofs:
         self._now = now
 
     async def remember(self, identity: Identity) -> None:
-        """Whose address a provider's subject is."""
+        """Whose address a provider's subject is, from this sign-in on for SUBJECT_SECONDS."""
         if identity.subject:
             key = _subject(identity.provider, identity.subject)
-            if await self._storage.get(key) != identity.email:
-                await self._storage.set(key, identity.email, ttl=SUBJECT_SECONDS)
+            await self._storage.set(key, identity.email, ttl=SUBJECT_SECONDS)
 
     async def address_of(self, provider: str, subject: str) -> str | None:
         found = await self._storage.get(_subject(provider, subject))

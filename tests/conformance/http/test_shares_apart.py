@@ -163,7 +163,7 @@ async def _prepare(folder: Path, public_key: bytes) -> list[tuple[str, str]]:
             new = NewShare(site=SITE, service="app", path="/", to=[email], invite=False)
             created = await edge.service.create(new)
             _, secret = await edge.service.open_session(
-                created.share.id, email, SessionKind.COOKIE, "test", Client("127.0.0.1")
+                created.share.id, email, SessionKind.COOKIE, "email-code", Client("127.0.0.1")
             )
             found.append((created.share.id, secret))
         return found
