@@ -116,6 +116,8 @@ class Worker:
     heard: float
     held: dict[tuple[str, str], Held] = field(default_factory=dict)
     families: list[Family] = field(default_factory=list)
+    ways: list[str] = field(default_factory=list)
+    """Names of the authenticators among which visitors can choose."""
     leaving: bool = False
     """Its end is wanted."""
     trial: bool = False
@@ -208,7 +210,7 @@ class Supervisor:
             notifiers=plugins.notifiers,
             origins=origins,
             renew=self._renew,
-            ways=lambda: [section.name or section.use for section in config.authenticate],
+            ways=self._ways,
             restored=self._restored,
         )
         self._cleanups.append(self.home.close)
@@ -542,6 +544,7 @@ class Supervisor:
             "ready": partial(self._worker_ready, worker),
             "failed": partial(self._worker_failed, worker),
             "last": partial(self._last, worker),
+            "ways": partial(setattr, worker, "ways"),
         }
 
     def _worker_ready(self, worker: Worker) -> None:
@@ -554,6 +557,11 @@ class Supervisor:
             worker.ready.set_exception(exc)
             worker.ready.exception()
             log.error("worker %d cannot start: %s", worker.number, exc)
+
+    def _ways(self) -> list[str]:
+        """The supervisor has no authenticators: as the youngest worker says, which read the newest configuration."""
+        serving = [worker for worker in self._workers.values() if worker.up]
+        return max(serving, key=lambda worker: worker.number).ways if serving else []
 
     def _last(self, worker: Worker, families: list[Family]) -> None:
         worker.families = families
