@@ -379,7 +379,7 @@ class EdgeConfig(_Section):
         edge = self.edge
         for url in edge.listen:
             if url.startswith("https:") and edge.tls is None and not edge.certificate and self.acme is None:
-                raise ValueError(f'{url} needs tls = {{ cert = …, key = … }} (key "edge.listen")')
+                raise ValueError(f'{url} needs tls = {{ cert = …, key = … }}, or [acme] (key "edge.listen")')
         plain = edge.redirect_listen or any(url.startswith("http:") for url in edge.listen)
         if self.acme is not None and self.acme.challenge == "http-01" and not plain:
             raise ValueError(

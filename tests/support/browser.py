@@ -145,7 +145,9 @@ def gallery(page: Page, name: str) -> None:
         page.set_viewport_size({"width": width, "height": height})
         schemes: tuple[Scheme, ...] = ("light", "dark")
         for scheme in schemes:
-            page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # no colour on its way to another
+            page.emulate_media(
+                color_scheme=scheme, reduced_motion="reduce"
+            )  # no colour on its way to another
             screenshot(page, f"{name}-{device}-{scheme}", full_page=True)
             if not name.startswith("application-"):
                 accessible(page, f"{name}, {device}, {scheme}")
