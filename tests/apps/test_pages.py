@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -88,6 +88,50 @@ def test_keyboard_alone_and_no_scripts(chromium: Browser, mail: MailServer, up: 
         page.keyboard.press("Enter")
         page.wait_for_url(f"{up.origin}/**", timeout=STEP_MS)
         assert page.get_by_text(f"Signed in as {ALICE}").is_visible()
+    finally:
+        context.close()
+
+
+def test_an_owner_with_keyboard_alone_and_no_scripts(chromium: Browser, mail: MailServer, up: Up) -> None:
+    """From the key to a share that is made, changed and deleted."""
+    context = chromium.new_context(java_script_enabled=False)
+    try:
+        page = context.new_page()
+        opens(page, up.edge + "/console")
+        page.locator("input[name=key]:focus").wait_for(timeout=STEP_MS)
+        page.keyboard.type(up.api_key)
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="Shares", exact=True).wait_for(timeout=STEP_MS)
+        tab_to(page, "New share")
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="New share").wait_for(timeout=STEP_MS)
+        tab_to_field(page, "to")
+        page.keyboard.type("bob@example.org")
+        tab_to_field(page, "path")
+        page.keyboard.press("Control+A")
+        page.keyboard.type("/line-3")
+        tab_to_field(page, "only")
+        page.keyboard.press("Space")
+        tab_to_field(page, "name")
+        page.keyboard.type("For Bob")
+        tab_to(page, "Share")
+        page.keyboard.press("Enter")
+        page.get_by_text("shown this once").wait_for(timeout=STEP_MS)
+        assert page.get_by_text("* /line-3/**").is_visible()
+        tab_to(page, "Change")
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="Change “For Bob”").wait_for(timeout=STEP_MS)
+        tab_to_field(page, "name")
+        page.keyboard.press("Control+A")
+        page.keyboard.type("For Robert")
+        page.keyboard.press("Enter")
+        page.get_by_text("“For Robert” is changed").wait_for(timeout=STEP_MS)
+        tab_to(page, "Delete")
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="Delete “For Robert”?").wait_for(timeout=STEP_MS)
+        tab_to(page, "Delete the share")
+        page.keyboard.press("Enter")
+        page.get_by_text("“For Robert” is deleted").wait_for(timeout=STEP_MS)
     finally:
         context.close()
 
@@ -264,10 +308,18 @@ def hosts_asked(page: Page) -> set[str]:
     return hosts
 
 
-def tab_to(page: Page, button: str) -> None:
-    """Press Tab until the button has the focus."""
-    for _ in range(10):
+def tab_to(page: Page, words: str) -> None:
+    """Press Tab until the button or link has the focus."""
+    tab_until(page, words, lambda: page.locator("button:focus, a:focus", has_text=words).count())
+
+
+def tab_to_field(page: Page, name: str) -> None:
+    tab_until(page, name, lambda: page.locator(f"[name={name}]:focus").count())
+
+
+def tab_until(page: Page, what: str, reached: Callable[[], int]) -> None:
+    for _ in range(30):
         page.keyboard.press("Tab")
-        if page.locator("button:focus", has_text=button).count():
+        if reached():
             return
-    raise AssertionError(f"{button} is not reached by keyboard")
+    raise AssertionError(f"{what} is not reached by keyboard")
