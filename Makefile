@@ -21,7 +21,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 help:
 	@echo "make demo         share the bundled sample dashboard and print the link"
 	@echo "make test         build the wheel, install it, run the test-suite against it"
-	@echo "make test-apps    Bokeh, JupyterLab and Streamlit through a tunnel, in a real browser (needs chromium)"
+	@echo "make test-apps    applications and every page of ours in a real browser (needs chromium, nodejs, npm)"
 	@echo "make check        formatting, lint, types, docs, duplicates, import directions"
 	@echo "make format       format the sources"
 	@echo "make faults       what the tunnel survives: kills, black holes, storms, bad input (root, iproute2, nftables)"
@@ -59,13 +59,22 @@ $(VENV)/extra-$(1): $(VENV)/installed
 endef
 $(foreach name,test apps bench check dev,$(eval $(call extra,$(name))))
 
+# One line that says what is missing from Debian, before anything takes time: PROGRAM:PACKAGE …. Without these, tests fail;
+# without others (nginx, apache2, golang-go, iproute2, nftables, …) a test is skipped and says so.
+define needs
+@missing="$$(for pair in $(1); do PATH="$$PATH:/usr/sbin:/sbin" command -v "$${pair%%:*}" >/dev/null || echo -n " $${pair##*:}"; done)"; \
+[ -z "$$missing" ] || echo "make $@ lacks programs of Debian, and will fail without: apt-get install$$missing" >&2
+endef
+
 demo: $(VENV)/installed
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/extra-test
+	$(call needs,curl:curl node:nodejs npm:npm slapd:slapd)
 	$(BIN)/pytest -m "not apps"
 
 test-apps: $(VENV)/extra-test $(VENV)/extra-apps
+	$(call needs,chromium:chromium node:nodejs npm:npm)
 	$(BIN)/pytest -m apps tests/apps
 
 screenshots: $(VENV)/extra-test $(VENV)/extra-apps

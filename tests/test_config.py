@@ -221,6 +221,8 @@ def test_wrong_values(write, text, says):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("", "the section [gateway] is missing"),
+        ('[gateway]\nname = "a"', 'the key "gateway.site" is missing'),
         (GATEWAY.replace('"plant-a-1"', '"Plant A"'), "'Plant A' is not a name"),
         (GATEWAY.replace('["https://share.example.com"]', "[]"), "at least 1 item"),
         (

@@ -379,7 +379,7 @@ class EdgeConfig(_Section):
         edge = self.edge
         for url in edge.listen:
             if url.startswith("https:") and edge.tls is None and not edge.certificate and self.acme is None:
-                raise ValueError(f'{url} needs tls = {{ cert = …, key = … }} (key "edge.listen")')
+                raise ValueError(f'{url} needs tls = {{ cert = …, key = … }}, or [acme] (key "edge.listen")')
         plain = edge.redirect_listen or any(url.startswith("http:") for url in edge.listen)
         if self.acme is not None and self.acme.challenge == "http-01" and not plain:
             raise ValueError(
@@ -528,7 +528,16 @@ def first_fault(exc: ValidationError, model: type[BaseModel]) -> str:
         # Sections with keys of a plugin's own take any key, so the mistyped one is not a fault by itself.
         given = [key for key in fault["input"] if key not in known_keys(model, where[:-1])]
         near = nearest(str(where[-1]), given)
-        return _unknown([*where[:-1], near], model) if near else f'the key "{_dotted(where)}" is missing'
+        if near:
+            return _unknown([*where[:-1], near], model)
+        wanted = model.model_fields.get(str(where[0])) if len(where) == 1 else None
+        if (
+            wanted is not None
+            and isinstance(wanted.annotation, type)
+            and issubclass(wanted.annotation, _Section)
+        ):
+            return f"the section [{where[0]}] is missing"
+        return f'the key "{_dotted(where)}" is missing'
     message = fault["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     # A fault of a whole section may begin with the key that it is about.
     key, colon, rest = message.partition(": ")

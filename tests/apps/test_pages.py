@@ -4,7 +4,9 @@ phone, light and dark, by keyboard alone and without scripts, and with nothing l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -13,7 +15,8 @@ import pytest
 from support.applications import START_SECONDS, start_dashboard
 from support.browser import Sockets, gallery
 from support.mail_server import MailServer, code_in, link_in
-from support.up import Up
+from support.programs import wait_until
+from support.up import Up, answer
 from support.visitor import STEP_MS, opens, press, sign_in, submit
 
 if TYPE_CHECKING:
@@ -85,6 +88,50 @@ def test_keyboard_alone_and_no_scripts(chromium: Browser, mail: MailServer, up: 
         page.keyboard.press("Enter")
         page.wait_for_url(f"{up.origin}/**", timeout=STEP_MS)
         assert page.get_by_text(f"Signed in as {ALICE}").is_visible()
+    finally:
+        context.close()
+
+
+def test_an_owner_with_keyboard_alone_and_no_scripts(chromium: Browser, mail: MailServer, up: Up) -> None:
+    """From the key to a share that is made, changed and deleted."""
+    context = chromium.new_context(java_script_enabled=False)
+    try:
+        page = context.new_page()
+        opens(page, up.edge + "/console")
+        page.locator("input[name=key]:focus").wait_for(timeout=STEP_MS)
+        page.keyboard.type(up.api_key)
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="Shares", exact=True).wait_for(timeout=STEP_MS)
+        tab_to(page, "New share")
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="New share").wait_for(timeout=STEP_MS)
+        tab_to_field(page, "to")
+        page.keyboard.type("bob@example.org")
+        tab_to_field(page, "path")
+        page.keyboard.press("Control+A")
+        page.keyboard.type("/line-3")
+        tab_to_field(page, "only")
+        page.keyboard.press("Space")
+        tab_to_field(page, "name")
+        page.keyboard.type("For Bob")
+        tab_to(page, "Share")
+        page.keyboard.press("Enter")
+        page.get_by_text("shown this once").wait_for(timeout=STEP_MS)
+        assert page.get_by_text("* /line-3/**").is_visible()
+        tab_to(page, "Change")
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="Change “For Bob”").wait_for(timeout=STEP_MS)
+        tab_to_field(page, "name")
+        page.keyboard.press("Control+A")
+        page.keyboard.type("For Robert")
+        page.keyboard.press("Enter")
+        page.get_by_text("“For Robert” is changed").wait_for(timeout=STEP_MS)
+        tab_to(page, "Delete")
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="Delete “For Robert”?").wait_for(timeout=STEP_MS)
+        tab_to(page, "Delete the share")
+        page.keyboard.press("Enter")
+        page.get_by_text("“For Robert” is deleted").wait_for(timeout=STEP_MS)
     finally:
         context.close()
 
@@ -164,6 +211,95 @@ def test_every_page_of_an_owner(context: BrowserContext, mail: MailServer, up: U
     assert opens(visitor, up.link).status == 410
 
 
+def test_the_list_of_a_recipient(context: BrowserContext, mail: MailServer, up: Up) -> None:
+    """What is shared with somebody, and how they leave it."""
+    page = context.new_page()
+    assert opens(page, up.edge + "/me").status == 200
+    gallery(page, "me-start")
+    press(page, "Continue")
+    page.fill("input[name=email]", ALICE)
+    submit(page, "email")
+    page.locator("input[name=code]").wait_for(timeout=STEP_MS)
+    mail.take(ALICE)  # the invitation
+    page.fill("input[name=code]", code_in(mail.take(ALICE)))
+    submit(page, "code")
+    page.get_by_role("heading", name="Shared with you").wait_for(timeout=STEP_MS)
+    gallery(page, "me")
+    press(page, f"Remove me from {NAME}")
+    gallery(page, "me-remove")
+    press(page, "Keep it")
+    press(page, f"Open {NAME}")
+    press(page, f"Continue as {ALICE}")
+    page.get_by_text(f"Signed in as {ALICE}").wait_for(timeout=STEP_MS)
+    opens(page, up.edge + "/me")
+    press(page, f"Remove me from {NAME}")
+    press(page, "Remove me")
+    page.get_by_text("You are no longer among the recipients").wait_for(timeout=STEP_MS)
+    gallery(page, "me-removed")
+    press(page, "Sign out of this list")
+    page.get_by_role("heading", name="You are signed out").wait_for(timeout=STEP_MS)
+    gallery(page, "signed-out")
+    assert opens(page, up.origin + "/").status == 410
+
+
+def test_pages_of_what_goes_wrong(context: BrowserContext, mail: MailServer, tmp_path: Path) -> None:
+    """A wrong link, a wrong address, a sign-in that is over, an application that is down, a gateway that is gone."""
+    running = start_dashboard(tmp_path)
+    with (
+        running.program,
+        Up(running.url, to=ALICE, mail=mail.url, folder=tmp_path, options=["--name", NAME]) as up,
+    ):
+        running.program.wait_for_url(running.url, seconds=START_SECONDS)
+        page = context.new_page()
+        assert opens(page, up.edge + "/s/AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA").status == 404
+        gallery(page, "wrong-link")
+        assert opens(page, up.edge + "/signin/AAAAAAAAAAAAAAAAAAAAAAAAAAAA").status == 410
+        gallery(page, "sign-in-over")
+
+        sign_in(page, link_in(mail.take(ALICE)), ALICE, mail, origin=up.origin)
+        page.locator("#state.live").wait_for(timeout=STEP_MS)
+        other = answer(up.command("share", "create", "--service", "local/app", "--to", "bob@example.org"))
+        opens(page, other["origin"] + "/")
+        press(page, f"Continue as {ALICE}")
+        page.get_by_role("heading", name="You are not invited").wait_for(timeout=STEP_MS)
+        gallery(page, "not-invited")
+
+        full = answer(
+            up.command(*("share", "create", "--service", "local/app", "--to", ALICE), "--max-sessions", "1")
+        )
+        for expected in ("Signed in as", "All places are taken"):
+            opens(page, full["origin"] + "/.guestpass/start")
+            press(page, f"Continue as {ALICE}")
+            page.get_by_text(expected).first.wait_for(timeout=STEP_MS)
+            page.context.clear_cookies(domain=urlsplit(full["origin"]).hostname)
+        gallery(page, "all-places-taken")
+
+        scoped = answer(
+            up.command(*("share", "create", "--service", "local/app", "--to", ALICE), "--scope", "GET /")
+        )
+        opens(page, scoped["origin"] + "/")
+        press(page, f"Continue as {ALICE}")
+        page.wait_for_url(f"{scoped['origin']}/**", timeout=STEP_MS, wait_until="commit")
+        assert opens(page, scoped["origin"] + "/not-shared").status == 403
+        gallery(page, "not-shared")
+
+        def reaches(status: int) -> None:
+            wait_until(
+                f"the share answers {status}",
+                lambda: opens(page, up.origin + "/").status == status,
+                seconds=STEP_MS / 1000,
+                pause=lambda seconds: page.wait_for_timeout(seconds * 1000),
+            )
+
+        running.program.stop()
+        reaches(502)
+        gallery(page, "application-down")
+        for pid in up.facts["pids"]["gateways"]:
+            os.kill(pid, signal.SIGKILL)
+        reaches(503)
+        gallery(page, "no-gateway")
+
+
 def hosts_asked(page: Page) -> set[str]:
     """Every host that the page asks for anything, from now on."""
     hosts: set[str] = set()
@@ -172,10 +308,18 @@ def hosts_asked(page: Page) -> set[str]:
     return hosts
 
 
-def tab_to(page: Page, button: str) -> None:
-    """Press Tab until the button has the focus."""
-    for _ in range(10):
+def tab_to(page: Page, words: str) -> None:
+    """Press Tab until the button or link has the focus."""
+    tab_until(page, words, lambda: page.locator("button:focus, a:focus", has_text=words).count())
+
+
+def tab_to_field(page: Page, name: str) -> None:
+    tab_until(page, name, lambda: page.locator(f"[name={name}]:focus").count())
+
+
+def tab_until(page: Page, what: str, reached: Callable[[], int]) -> None:
+    for _ in range(30):
         page.keyboard.press("Tab")
-        if page.locator("button:focus", has_text=button).count():
+        if reached():
             return
-    raise AssertionError(f"{button} is not reached by keyboard")
+    raise AssertionError(f"{what} is not reached by keyboard")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.apps, pytest.mark.timeout(300)]
 
 ALICE = "alice@example.org"
+BOB = "bob@example.org"
 
 CONFIG = """
 [[authenticate]]
@@ -114,6 +115,44 @@ def test_a_provider_that_does_not_vouch(
     page.fill("input[name=code]", code_in(mail.take(ALICE)))
     submit(page, "code")
     lands(page, up)
+
+
+def test_an_owner_chooses_the_ways_in_the_console(
+    context: BrowserContext, mail: MailServer, up_with_providers: Up
+) -> None:
+    """For a new share by boxes on its form, later on the form for changes; the visitor meets what was ticked."""
+    up = up_with_providers
+    page = context.new_page()
+    opens(page, up.edge + "/console/shares/new")
+    page.fill("input[name=key]", up.api_key)
+    submit(page, "key")
+    press(page, "New share")
+    boxes = page.get_by_role("group", name="Ways of signing in").get_by_role("checkbox")
+    assert [box.get_attribute("name") for box in boxes.all()] == ["way-email-code", "way-works", "way-google"]
+    page.fill("input[name=to]", BOB)
+    page.get_by_label("Continue with Works").check()
+    gallery(page, "console-new-share-ways")
+    submit(page, "to")
+    page.get_by_text("shown this once").wait_for(timeout=STEP_MS)
+
+    visitor = context.new_page()
+    link = link_in(mail.take(BOB))
+    opens(visitor, link)
+    press(visitor, "Continue")
+    visitor.locator("input[name=login]").wait_for(timeout=STEP_MS)  # at the provider, without a choice
+
+    press(page, "Change")
+    assert page.get_by_label("Continue with Works").is_checked()
+    page.get_by_label("Get a code by email").check()
+    gallery(page, "console-change")
+    submit(page, "path")
+    page.get_by_text("is changed").wait_for(timeout=STEP_MS)
+    assert page.get_by_text("works, email-code").or_(page.get_by_text("email-code, works")).is_visible()
+    opens(visitor, link)
+    press(visitor, "Continue")
+    visitor.get_by_role("heading", name="Sign in to continue").wait_for(timeout=STEP_MS)
+    labels = [shown.inner_text() for shown in visitor.locator("main a.button").all()]
+    assert labels == ["Get a code by email", "Continue with Works"]
 
 
 # ── passkeys ─────────────────────────────────────────────────────────────────────────────────────────────────────

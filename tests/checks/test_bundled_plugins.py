@@ -67,6 +67,7 @@ def test_examples_load(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         return
     secret = "whsec_" + "A" * 43 + "="
     monkeypatch.setenv("WEBHOOK_SECRET", secret)
+    monkeypatch.setenv("MAIL_URL", "smtp://mail.example.com:587?tls=starttls")
     (tmp_path / "webhook.secret").write_text(secret, "ascii")
     (tmp_path / "webhook.secret").chmod(0o600)
     found = 0

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import html
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import pytest
-from support.people import ALICE, API_KEY, BOB, Answer, Browser, People, people
+from support.people import ALICE, API_KEY, BOB, Answer, Browser, People, people, plugin, usual
 
 from guestpass.edge.tunnels import GatewayStatus
 from guestpass.model import Delivery, ShareState
+from guestpass.plugin import Authenticator, Field, Form, Identity, SignIn, Step
+from guestpass.scope import parse_scope
 from guestpass.shares.store import shares as statements
 
 
 @pytest.fixture
 async def edge(tmp_path: Path) -> AsyncIterator[People]:
     async with people(tmp_path) as found:
+        yield found
+
+
+class Works(Authenticator):
+    """A second way of signing in, beside the mailed code."""
+
+    label = "Continue with Works"
+
+    async def begin(self, sign_in: SignIn) -> Step:
+        return Form("Who are you?", fields=(Field("email", "Address", type="email"),))
+
+    async def complete(self, sign_in: SignIn, params: Mapping[str, str]) -> Step:
+        return Identity(params["email"], "somebody")
+
+
+@pytest.fixture
+async def edge_of_two_ways(tmp_path: Path) -> AsyncIterator[People]:
+    plugins = usual()
+    plugins["authenticate"].append(plugin(Works, "works"))
+    async with people(tmp_path, plugins=plugins) as found:
         yield found
 
 
@@ -43,7 +66,8 @@ def form_with(page: Answer, action: str) -> dict[str, str]:
 async def test_only_the_key_opens_it(edge: People) -> None:
     browser = edge.browser()
     share, _ = await edge.share()
-    for path in ("", "/shares/new", f"/shares/{share.id}", f"/shares/{share.id}/delete", "/gateways"):
+    one = f"/shares/{share.id}"
+    for path in ("", "/shares/new", one, f"{one}/change", f"{one}/delete", "/gateways"):
         answer = await browser.get(f"{edge.main}/console{path}")
         assert (answer.status, answer.location) == (303, "/console/sign-in")
     for key in ("", "wrong", API_KEY[:-1], API_KEY + "x"):
@@ -95,7 +119,10 @@ async def test_every_form_needs_its_token_and_its_origin(edge: People) -> None:
     page = await browser.get(f"{edge.main}/console/shares/{share.id}")
     csrf = form_with(page, "/console/sign-out")["csrf"]
     base = f"/console/shares/{share.id}"
-    for path in ("/recipients", "/resend", "/link", "/remove", "/end-session", "/delete"):
+    for path in (
+        *("/recipients", "/resend", "/link", "/remove", "/end-session", "/delete"),
+        *("/change", "/token"),
+    ):
         for fields, origin in (
             ({}, ""),
             ({"csrf": "x"}, ""),
@@ -239,6 +266,7 @@ async def test_creating_a_share(edge: People) -> None:
         ({"path": "/a/../b", "only": "1"}, "path", "ambiguous"),
         ({"expires": "soon"}, "expires", "is not a time"),
         ({"max_sessions": "many"}, "max_sessions", "whole number"),
+        ({"scope": "GET /a/**\nGET x"}, "scope", "GET x"),
     ],
 )
 async def test_faults_stand_next_to_their_fields(
@@ -254,6 +282,211 @@ async def test_faults_stand_next_to_their_fields(
     assert re.search(rf'(?s)id="f-{field}"[^>]*aria-invalid="true"', page.text)
     assert 'value="Kept &lt;b&gt;"' in page.text, "what was typed is lost"
     assert (await edge.service.list()).items == []
+
+
+async def test_further_rules_and_no_mail(edge: People) -> None:
+    browser = await owner(edge)
+    page = await create(
+        edge,
+        browser,
+        path="/d",
+        only="1",
+        scope="GET /assets/**\r\n\r\n * /api/** ",
+        owner="Ada",
+        no_mail="1",
+    )
+    assert "No mail is sent." in page.words
+    (share,) = (await edge.service.list()).items
+    assert [str(rule) for rule in share.scope] == ["GET /assets/**", "* /api/**", "* /d/**"]
+    assert share.owner == "Ada"
+    assert [r.delivery for r in share.recipients] == [None]
+
+
+async def test_where_there_is_one_way_of_signing_in_there_is_no_choice(edge: People) -> None:
+    page = await (await owner(edge)).get(edge.main + "/console/shares/new")
+    assert "Ways of signing in" not in page.words
+
+
+async def test_a_share_that_takes_some_ways_of_signing_in(edge_of_two_ways: People) -> None:
+    edge = edge_of_two_ways
+    browser = await owner(edge)
+    page = await browser.get(edge.main + "/console/shares/new")
+    boxes = re.findall(r'<input type="checkbox" name="way-([^"]+)" value="1" (checked)?>', page.text)
+    assert boxes == [("email-code", ""), ("works", "")], "bearer tokens are no way of a visitor's"
+    assert "Continue with Works (works)" in page.words
+    page = await create(edge, browser, expires="soon", **{"way-works": "1"})
+    assert re.search(r'name="way-works" value="1" checked', page.text), "what was ticked is lost"
+    await create(edge, browser, **{"way-works": "1"})
+    (share,) = (await edge.service.list()).items
+    assert share.sign_in == ("works",)
+    visitor = edge.browser()
+    page = await visitor.follow(await visitor.get(edge.origins.share_origin(share.id) + "/"))
+    assert "Who are you?" in page.words, "the one way that is taken begins at once"
+    page = await create(edge, browser, **{"way-nobody": "1"})
+    assert page.status == 422
+    assert "no way of signing in named &#39;nobody&#39;" in page.text
+
+
+# ── changes ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def change(edge: People, browser: Browser, share_id: str, **fields: str | None) -> Answer:
+    """The form as it is shown, with these fields; None leaves one out."""
+    path = f"/console/shares/{share_id}/change"
+    page = await browser.get(edge.main + path)
+    sent = form_with(page, path)
+    for name, value in re.findall(r'<input id="f-[^"]+" name="([^"]+)" value="([^"]*)"', page.text):
+        sent[name] = html.unescape(value)
+    for name, value in re.findall(
+        r'(?s)<textarea id="f-[^"]+" name="([^"]+)"[^>]*>(.*?)</textarea>', page.text
+    ):
+        sent[name] = html.unescape(value).replace("\n", "\r\n")
+    for name in re.findall(r'name="(way-[^"]+)" value="1" checked', page.text):
+        sent[name] = "1"
+    sent |= {name: value for name, value in fields.items() if value is not None}
+    sent = {name: value for name, value in sent.items() if fields.get(name, "") is not None}
+    return await browser.post(edge.main + path, sent)
+
+
+async def test_what_is_not_touched_does_not_change(edge_of_two_ways: People) -> None:
+    """Else the end would move by the part of a second that the form does not show, and put everybody out."""
+    edge = edge_of_two_ways
+    browser = await owner(edge)
+    share, _ = await edge.share(
+        name="“Sales”",
+        path="/d",
+        scope=(parse_scope("* /d/**"), parse_scope("GET /a/**")),
+        expires=time.time() + 3600.5,
+        max_sessions=3,
+        message="Hi\nthere",
+        sign_in=("works", "email-code"),
+    )
+    page = await browser.follow(await change(edge, browser, share.id))
+    assert "Nothing was changed." in page.words
+    assert await edge.service.get(share.id) == share
+    assert not [event for event in edge.seen if event.type == "share.updated"]
+
+
+async def test_changing_a_share(edge_of_two_ways: People) -> None:
+    edge = edge_of_two_ways
+    browser = await owner(edge)
+    share, _ = await edge.share(path="/d", scope=(parse_scope("* /d/**"),), sign_in=("email-code",))
+    visitor = edge.browser()
+    await visitor.sign_in(edge.origins.share_origin(share.id))
+    answer = await change(
+        edge,
+        browser,
+        share.id,
+        name="Sales",
+        path="/e",
+        scope="* /e/**\r\nGET /a/**",
+        expires="2d",
+        max_sessions="4",
+        message="Look",
+        **{"way-email-code": None, "way-works": "1"},
+    )
+    page = await browser.follow(answer)
+    assert "“Sales” is changed." in page.words
+    changed = await edge.service.get(share.id)
+    assert (changed.name, changed.path, changed.max_sessions) == ("Sales", "/e", 4)
+    assert [str(rule) for rule in changed.scope] == ["* /e/**", "GET /a/**"]
+    assert changed.message == "Look"
+    assert changed.sign_in == ("works",)
+    assert changed.expires is not None
+    assert abs(changed.expires - time.time() - 2 * 86400) < 60
+    # Who came in by a way that is not taken any more signs in again.
+    assert (await visitor.get(edge.origins.share_origin(share.id) + "/e")).status == 303
+    await change(
+        edge, browser, share.id, scope="", expires="", max_sessions="", **{"way-works": None, "path": "/"}
+    )
+    changed = await edge.service.get(share.id)
+    assert (changed.scope, changed.expires, changed.max_sessions, changed.sign_in) == ((), None, None, ())
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"expires": "soon"}, "is not a time"),
+        ({"max_sessions": "0"}, "between 1 and"),
+        ({"scope": "nonsense"}, "nonsense"),
+        ({"path": "/x", "scope": "* /d/**"}, "does not admit"),
+        ({"name": ""}, "is empty"),
+        ({"way-nobody": "1"}, "no way of signing in named"),
+    ],
+)
+async def test_a_change_that_is_refused(edge_of_two_ways: People, fields: dict[str, str], says: str) -> None:
+    edge = edge_of_two_ways
+    browser = await owner(edge)
+    share, _ = await edge.share(name="Kept")
+    page = await change(edge, browser, share.id, message="Typed", **fields)
+    assert page.status == 422
+    assert "Nothing was changed" in page.words
+    assert says in page.words
+    assert ">Typed</textarea>" in page.text, "what was typed is lost"
+    assert await edge.service.get(share.id) == share
+
+
+async def test_a_form_from_before_another_change_takes_nothing_back(edge: People) -> None:
+    browser = await owner(edge)
+    share, _ = await edge.share(name="Before")
+    path = f"/console/shares/{share.id}/change"
+    page = await browser.get(edge.main + path)
+    await edge.service.update(share.id, scope=[parse_scope("* /d/**")], path="/d")
+    answer = await browser.post(edge.main + path, {**form_with(page, path), "name": "After", "path": "/"})
+    assert answer.status == 409
+    assert "changed elsewhere" in answer.words
+    assert "* /d/**" in answer.text
+    assert (await edge.service.get(share.id)).name == "Before"
+
+
+async def test_a_way_that_is_offered_no_more_is_shown_and_can_go(edge_of_two_ways: People) -> None:
+    edge = edge_of_two_ways
+    browser = await owner(edge)
+    share, _ = await edge.share(sign_in=("works",))
+    edge.plugins._authenticate.pop()
+    page = await browser.get(f"{edge.main}/console/shares/{share.id}/change")
+    assert "works – not offered any more" in page.words
+    await change(edge, browser, share.id, name="Kept as it is")
+    assert (await edge.service.get(share.id)).sign_in == ("works",)
+    await change(edge, browser, share.id, **{"way-works": None})
+    assert (await edge.service.get(share.id)).sign_in == ()
+
+
+async def test_what_can_be_changed_ends_with_the_share(edge: People) -> None:
+    browser = await owner(edge)
+    share, _ = await edge.share()
+    path = f"/console/shares/{share.id}/change"
+    page = await browser.get(edge.main + path)
+    await edge.service.delete(share.id)
+    assert (await browser.get(edge.main + path)).location == f"/console/shares/{share.id}"
+    fields = {**form_with(page, path), "name": "x", "path": "/"}
+    assert (await browser.post(edge.main + path, fields)).status == 410
+
+
+async def test_a_token_for_a_script(edge: People) -> None:
+    browser = await owner(edge)
+    share, _ = await edge.share(ALICE, BOB)
+    base = f"/console/shares/{share.id}"
+    page = await browser.get(edge.main + base)
+    token = form_with(page, f"{base}/token")
+    for fields, says in (
+        ({"email": BOB, "token_expires": "soon"}, "is not a time"),
+        ({"email": "nobody@", "token_expires": ""}, "is not an email address"),
+    ):
+        page = await browser.post(f"{edge.main}{base}/token", {**token, **fields})
+        assert page.status == 422
+        assert says in page.words
+    page = await browser.post(f"{edge.main}{base}/token", {**token, "email": BOB, "token_expires": "1h"})
+    assert f"Bearer token for {BOB}, shown this once" in page.words
+    secret = re.search(r"<code>(gp_[\w-]+)</code>", page.text)
+    assert secret
+    origin = edge.origins.share_origin(share.id)
+    answer = await edge.browser().get(origin + "/x", Authorization=f"Bearer {secret[1]}")
+    assert f"application: {BOB}" in answer.text
+    (session,) = await edge.service.sessions(share.id)
+    assert session.expires is not None
+    assert abs(session.expires - time.time() - 3600) < 60
+    assert secret[1] not in (await browser.get(edge.main + base)).text
 
 
 async def test_faults_that_only_the_service_knows(edge: People) -> None:

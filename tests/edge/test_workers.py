@@ -223,6 +223,34 @@ async def test_an_owner_is_signed_in_to_the_console_on_all_workers(edge: Edge) -
     second.close()
 
 
+async def test_a_share_takes_the_ways_that_visitors_can_choose(tmp_path: Path) -> None:
+    """The names are the workers' to say: the supervisor has no authenticators, and SIGHUP may bring other ones."""
+
+    async def takes(name: str) -> bool:
+        visit = await off(edge.open)
+        head = {"Host": f"localhost:{edge.port}", "Content-Type": "application/json", "Authorization": key}
+        body = json.dumps({"sign_in": [name]}).encode()
+        status, answer = await off(
+            visit.ask, "PATCH", f"/api/v1/shares/{edge.share_id}", headers=head, body=body
+        )
+        visit.close()
+        assert status in (200, 422), answer
+        return bool(status == 200)
+
+    more = '[[authenticate]]\nuse = "bearer-token"\n[[authenticate]]\nuse = "email-code"\nname = "{}"\n'
+    async with running(tmp_path, workers=2, more=more.format("letters")) as edge:
+        key = "Bearer " + (edge.folder / "api.key").read_text().strip()
+        taken = {name: await takes(name) for name in ("letters", "email-code", "bearer-token")}
+        assert taken == {"letters": True, "email-code": False, "bearer-token": False}
+        file = edge.folder / "edge.toml"
+        file.write_text(file.read_text("utf-8").replace("letters", "postcards"), "utf-8")
+        edge.program.process.send_signal(signal.SIGHUP)
+        async with asyncio.timeout(20):
+            while not await takes("postcards"):
+                await asyncio.sleep(0.05)
+        assert not await takes("letters")
+
+
 async def test_events_of_one_worker_reach_listeners_of_another(edge: Edge) -> None:
     key = (edge.folder / "api.key").read_text().strip()
     fields = {"Host": f"localhost:{edge.port}", "Authorization": f"Bearer {key}"}

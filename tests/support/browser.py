@@ -5,6 +5,7 @@ Playwright is imported when a browser starts, so that tests that need none can b
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import time
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from support.npm import ROOT, installed
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, WebSocket
@@ -108,18 +111,49 @@ def screenshot(page: Page, name: str, *, full_page: bool = False) -> None:
 
 Scheme = Literal["light", "dark"]
 
+# axe's rules beyond WCAG that are on by default, and of WCAG 2.2 A and AA all. Not asked: a page that tries again by
+# itself (503) says so in words, and reloads what has no state.
+AXE_OPTIONS = {"rules": {"meta-refresh": {"enabled": False}}}
+
+
+@functools.cache
+def axe() -> str:
+    """The script of axe-core, which knows what keeps people from using a page."""
+    folder = installed(
+        ROOT / "tests" / "apps" / "axe", "axe-core", "these tests judge pages by axe-core of npm"
+    )
+    return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text("utf-8")
+
+
+def accessible(page: Page, name: str) -> None:
+    """No label is missing, no contrast too low, no heading out of order, …: see axe-core's rules."""
+    page.evaluate(axe())
+    found = page.evaluate("(options) => axe.run(document, options)", AXE_OPTIONS)
+    assert found["passes"], "axe looked at nothing"
+    faults = [
+        f"{fault['id']}: {fault['help']}: {node['html']}"
+        for fault in found["violations"]
+        for node in fault["nodes"]
+    ]
+    assert not faults, f"{name}: " + "\n".join(faults)
+
 
 def gallery(page: Page, name: str) -> None:
-    """Screenshots of a page of ours, on a desktop and a phone, light and dark; and that it fits a phone."""
+    """Screenshots of a page of ours, on a desktop and a phone, light and dark; that it fits a phone, and that everybody
+    can use it."""
     for device, (width, height) in (("desktop", DESKTOP), ("phone", PHONE)):
         page.set_viewport_size({"width": width, "height": height})
         schemes: tuple[Scheme, ...] = ("light", "dark")
         for scheme in schemes:
-            page.emulate_media(color_scheme=scheme)
+            page.emulate_media(
+                color_scheme=scheme, reduced_motion="reduce"
+            )  # no colour on its way to another
             screenshot(page, f"{name}-{device}-{scheme}", full_page=True)
+            if not name.startswith("application-dashboard"):
+                accessible(page, f"{name}, {device}, {scheme}")
         overflow = page.evaluate(
             "document.documentElement.scrollWidth - document.documentElement.clientWidth"
         )
         assert overflow <= 0, f"{name} is {overflow} px wider than a {device} of {width} px"
     page.set_viewport_size({"width": DESKTOP[0], "height": DESKTOP[1]})
-    page.emulate_media(color_scheme="light")
+    page.emulate_media(color_scheme="light", reduced_motion="no-preference")

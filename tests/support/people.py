@@ -176,6 +176,7 @@ async def people(
             pages=pages,
             api_key=API_KEY,
             origins=origins,
+            ways=lambda: chosen.interactive,
         )
         session = await stack.enter_async_context(
             aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False)

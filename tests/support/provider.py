@@ -1,11 +1,10 @@
 """A certified OpenID provider, `oidc-provider` of npm, as a process of its own; and a visitor's way through its pages.
 
-Its packages are installed once into build/npm, from the lock file beside `provider.mjs`.
+Its packages are installed from the lock file beside `provider.mjs`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
 import re
@@ -17,37 +16,22 @@ from pathlib import Path
 from urllib.parse import urljoin
 
 import aiohttp
+from support.npm import ROOT, installed
 from yarl import URL
 
-ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tests" / "plugins" / "provider"
 SECRET = "a secret, with = and %"
-NEXT = "these tests run a real OpenID provider on Node: apt-get install nodejs npm"
 
 FORM = re.compile(r'(?s)<form[^>]*\baction="([^"]+)"[^>]*>(.*?)</form>')
 INPUT = re.compile(r"<input\b[^>]*>")
 ATTRIBUTE = re.compile(r'\b(name|value|type)="([^"]*)"')
 
 
-def installed() -> Path:
+def program() -> Path:
     """The folder with the provider's program and packages. AssertionError with the next step."""
-    assert shutil.which("node"), NEXT
-    lock = (SOURCE / "package-lock.json").read_bytes() + (SOURCE / "package.json").read_bytes()
-    folder = ROOT / "build" / "npm" / hashlib.sha256(lock).hexdigest()[:16]
-    if not (folder / "node_modules" / "oidc-provider").exists():
-        npm = shutil.which("npm")
-        assert npm, NEXT
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("package.json", "package-lock.json"):
-            shutil.copy(SOURCE / name, folder)
-        done = subprocess.run(
-            [npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, f"npm ci failed: {done.stderr[-2000:]}"
+    needed = "these tests run a real OpenID provider on Node"
+    assert shutil.which("node"), f"{needed}: apt-get install nodejs npm"
+    folder = installed(SOURCE, "oidc-provider", needed)
     shutil.copy(SOURCE / "provider.mjs", folder)
     return folder
 
@@ -55,7 +39,7 @@ def installed() -> Path:
 @contextmanager
 def provider() -> Iterator[str]:
     """Its issuer, while it runs."""
-    folder = installed()
+    folder = program()
     process = subprocess.Popen(
         ["node", "provider.mjs"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

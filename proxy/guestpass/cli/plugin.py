@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
@@ -149,20 +151,40 @@ def _type_name(annotation: Any) -> str:
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(_type_name(part) for part in get_args(annotation) if part is not NoneType)
     if get_origin(annotation) is Literal:
-        return " or ".join(repr(value) for value in get_args(annotation))
+        return " or ".join(json.dumps(value) for value in get_args(annotation))
+    if get_origin(annotation) in (tuple, list, set, frozenset):
+        return f"list of {_type_name(get_args(annotation)[0])}"
+    if get_origin(annotation) in (dict, Mapping):
+        return "table"
     if not isinstance(annotation, type) or get_origin(annotation) is not None:
         return str(annotation).replace("typing.", "")
     return TYPE_NAMES.get(annotation.__name__, annotation.__name__.lower())
 
 
 def _plain(value: Any) -> Any:
+    """As JSON and TOML have it."""
+    if isinstance(value, set | frozenset):
+        return sorted(map(_plain, value))
+    if isinstance(value, list | tuple):
+        return list(map(_plain, value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(of) for key, of in value.items()}
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _need(setting: dict[str, Any]) -> str:
     if setting["required"]:
         return "required"
-    return "optional" if setting["default"] is None else f"default {setting['default']}"
+    return (
+        "optional"
+        if setting["default"] in (None, "", [], {})
+        else f"default {json.dumps(setting['default'])}"
+    )
+
+
+def _header(section: str) -> str:
+    """As the documentation writes it: of choosers there is usually one."""
+    return "[choose]" if section == "choose" else f"[[{section}]]"
 
 
 def _text(plugin: dict[str, Any]) -> str:
@@ -172,7 +194,7 @@ def _text(plugin: dict[str, Any]) -> str:
             ("Kind", plugin["kind"]),
             ("Class", plugin["target"]),
             ("Package", f"{plugin['package']} {plugin['version']}"),
-            ("In edge.toml", f'[[{plugin["section"]}]] with use = "{plugin["name"]}"'),
+            ("In edge.toml", f'{_header(plugin["section"])} with use = "{plugin["name"]}"'),
         ]
     )
     rows = [(s["key"], s["type"], _need(s), s["about"]) for s in plugin["config"]]

@@ -15,8 +15,8 @@ from guestpass.errors import UsageError
 if TYPE_CHECKING:
     from guestpass.cli.parser import Commands, Parser
 
-# More visitors at once than one share is for; the edge has the last word.
-MAX_SESSIONS = 1_000_000
+# As the edge says (shares.rules), which has the last word.
+MAX_SESSIONS = 100_000
 
 
 def add(commands: Commands) -> None:
@@ -90,8 +90,8 @@ def add(commands: Commands) -> None:
         parents=edge,
     )
     _id(update)
-    update.add_argument("--name", metavar="TEXT")
-    update.add_argument("--message", metavar="TEXT")
+    update.add_argument("--name", metavar="TEXT", help="how it is called in lists and mails")
+    update.add_argument("--message", metavar="TEXT", help="a line for recipients")
     update.add_argument(
         "--expires",
         type=_expires_or_never,

@@ -183,7 +183,7 @@ class Edge:
                 notifiers=self.plugins.notifiers,
                 origins=self.origins,
                 renew=lambda share, sessions: self.grants.renew(share, sessions),
-                ways=lambda: [way.name for way in self.plugins.interactive],
+                ways=self.ways,
                 restored=self._restored,
                 now=self._now,
             )
@@ -296,6 +296,7 @@ class Edge:
             pages=self.pages,
             api_key=api_key,
             origins=self.origins,
+            ways=lambda: self.plugins.interactive,
         )
         self.house = House(
             lane=self.lane,
@@ -408,6 +409,10 @@ class Edge:
             lane.close()
         if self.access_log is not None:
             await asyncio.to_thread(self.access_log.close)
+
+    def ways(self) -> list[str]:
+        """Names of the authenticators among which visitors can choose."""
+        return [way.name for way in self.plugins.interactive]
 
     def reload(self) -> asyncio.Task[None]:
         """SIGHUP: certificates are read again, the access log is opened again, and plugins are loaded again where

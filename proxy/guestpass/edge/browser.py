@@ -39,8 +39,9 @@ SECRET = re.compile(r"[A-Za-z0-9_-]{20,128}")
 # Longer targets are not worth keeping for the way back; the visitor lands on the share's own page.
 MAX_RETURN_PATH = 2048
 PATH = re.compile(r"/(?![/\\])[\x21-\x22\x24-\x7e]*")
-# A form of ours has a handful of short fields; a share's message and addresses are the longest.
-MAX_FORM_FIELDS = 50
+# A form of ours has a handful of short fields (a share's message and addresses are the longest), and in the console a
+# box for each way of signing in, of which a share takes 50 at most (rules.MAX_WAYS).
+MAX_FORM_FIELDS = 100
 # A form or a JSON body of ours is a packet or two; a stranger must not hold a connection open with half of one.
 BODY_SECONDS = 20.0
 # RFC 6265 §6.1 asks browsers for 50 cookies a domain.

@@ -1,16 +1,19 @@
 """The owner's console on the main origin: what is shared with whom, who looks at it, what went wrong; new shares,
-and the end of them.
+changes to them, and their end: whatever `guestpass share` can do.
 
 The API key opens it. Who has signed in is kept in memory, by the digest of a cookie: a restart signs owners out and
 leaves nothing behind. Every form carries a token of that cookie. Links of new recipients are shown on the answer to the
-form that made them and nowhere else: the store has only their digests.
+form that made them and nowhere else, and so are bearer tokens: the store has only their digests.
+
+Of a share that is changed, only the fields change that were touched: its end does not move by the part of a second that
+the form does not show. A form that was loaded before somebody else's change is shown again instead of taking that back.
 """
 
 from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -37,6 +40,7 @@ from guestpass.edge.browser import (
     text_fields,
 )
 from guestpass.edge.keys import CLIENT
+from guestpass.edge.pages import machine_time
 from guestpass.errors import GuestpassError, Invalid, InvalidEmail
 from guestpass.model import Delivery, Gateway, Scope, Session, Share, ShareState
 from guestpass.moments import parse_moment
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     from guestpass.edge.api import Gateways, GatewayStatus, Live
     from guestpass.edge.origins import Origins
     from guestpass.edge.pages import Pages
+    from guestpass.plugin import Authenticator
     from guestpass.shares.service import ShareService
 
 # A working day; then the key is asked for again.
@@ -58,6 +63,11 @@ TRIES_PER_CLIENT = 30
 TRIES_WINDOW = 600.0
 # A notice waits for the page after the redirect; somebody who never loads it should not collect them.
 MAX_NOTICES = 5
+
+# The boxes of the ways of signing in, each by its name.
+WAY = "way-"
+# What can be set for a new share and changed later, and its fields in the forms; the ways of signing in besides.
+LIMITS = ("name", "path", "scope", "expires", "max_sessions", "message")
 
 HOME = "/console"
 SIGN_IN = "/console/sign-in"
@@ -96,13 +106,16 @@ class Console:
         pages: Pages,
         api_key: str,
         origins: Origins,
+        ways: Callable[[], Sequence[Authenticator]],
     ) -> None:
+        """`ways`: of signing in, among which visitors can choose."""
         self._service = service
         self._live = live
         self._gateways = gateways
         self._pages = pages
         self._api_key = tokens.digest(api_key)
         self._origins = origins
+        self._ways = ways
         self._main_origin = f"{origins.scheme}://{origins.main_host}"
         self._owners: dict[bytes, Owner] = {}
         self._tries = Limiter(TRIES_PER_CLIENT, TRIES_WINDOW)
@@ -141,6 +154,9 @@ class Console:
             get("/console/shares/new", self._new_form),
             post("/console/shares", self._create),
             get("/console/shares/{share}", self._share),
+            get("/console/shares/{share}/change", self._change_form),
+            post("/console/shares/{share}/change", self._change),
+            post("/console/shares/{share}/token", self._token),
             post("/console/shares/{share}/recipients", self._add),
             post("/console/shares/{share}/resend", self._resend),
             post("/console/shares/{share}/link", self._new_link),
@@ -260,6 +276,7 @@ class Console:
         *,
         status: int = 200,
         links: Mapping[str, str] | None = None,
+        token: Mapping[str, str] | None = None,
         faults: Mapping[str, str] | None = None,
         values: Mapping[str, str] | None = None,
     ) -> web.Response:
@@ -275,6 +292,7 @@ class Console:
             origin=self._origins.share_origin(share.id),
             sessions=[self._session(s) for s in sessions],
             links=links or {},
+            token=token or {},
             faults=faults or {},
             values=values or {},
         )
@@ -300,7 +318,22 @@ class Console:
             faults=faults,
             general=general,
             services=self._known_services(),
+            ways=self._boxes(_ticked(values)),
         )
+
+    def _boxes(self, ticked: Sequence[str]) -> list[dict[str, Any]]:
+        """The ways of signing in, to be ticked; where there is one and no limit, there is nothing to choose."""
+        offered = {way.name: way.label or way.name for way in self._ways()}
+        boxes = [
+            {"name": name, "label": label, "ticked": name in ticked, "offered": True}
+            for name, label in offered.items()
+        ]
+        gone = [
+            {"name": name, "label": name, "ticked": True, "offered": False}
+            for name in ticked
+            if name not in offered
+        ]
+        return [*boxes, *gone] if len(boxes) > 1 or ticked else []
 
     def _known_services(self) -> list[str]:
         """What the connected gateways reach, as `site/service`."""
@@ -309,9 +342,7 @@ class Console:
     async def _create(self, request: web.Request) -> web.StreamResponse:
         owner = self._signed_in(request)
         fields = await self._posted(request, owner)
-        values = text_fields(
-            fields, "name", "service", "path", "to", "expires", "max_sessions", "message", "only"
-        )
+        values = _typed(fields, "service", "to", "owner", "only", "no_mail", *LIMITS)
         faults: dict[str, str] = {}
         new = self._new_share(values, faults)
         if new is None:
@@ -320,7 +351,8 @@ class Console:
             created = await self._service.create(new)
         except Invalid as exc:
             return self._render_new(owner, values, {}, _words(exc))
-        owner.tell("good", f"“{created.share.name}” is shared. The mails are on their way.")
+        how = "The mails are on their way." if new.invite else "No mail is sent."
+        owner.tell("good", f"“{created.share.name}” is shared. {how}")
         if warning := unoffered(self._gateways, created.share):
             owner.tell("warn", warning)
         return await self._render_share(owner, created.share.id, links=created.links)
@@ -337,25 +369,10 @@ class Console:
                 faults["to"] = "Name at least one email address."
         except InvalidEmail as exc:
             faults["to"] = _words(exc)
-        expires: float | None = None
-        if values["expires"]:
+        limits = self._limits(values, faults)
+        if values["only"] and "path" not in faults:
             try:
-                expires = parse_moment(values["expires"], self._now())
-            except Invalid as exc:
-                faults["expires"] = _words(exc)
-        max_sessions: int | None = None
-        if values["max_sessions"]:
-            if values["max_sessions"].isascii() and values["max_sessions"].isdigit():
-                max_sessions = int(values["max_sessions"])
-            else:
-                faults["max_sessions"] = "Write a whole number, or leave it empty for no limit."
-        path = values["path"] or "/"
-        scope: Sequence[Scope] = ()
-        if not path.startswith("/"):
-            faults["path"] = "A path begins with /."
-        elif values["only"]:
-            try:
-                scope = _only(path)
+                limits["scope"] = (*limits.get("scope", ()), *_only(limits["path"]))
             except Invalid as exc:
                 faults["path"] = _words(exc)
         if faults:
@@ -364,13 +381,107 @@ class Console:
             site=site,
             service=service,
             to=to,
-            name=values["name"] or None,
-            path=path,
-            scope=scope,
-            expires=expires,
-            max_sessions=max_sessions,
-            message=values["message"],
+            owner=values["owner"] or None,
+            invite=not values["no_mail"],
+            **{**limits, "name": values["name"] or None},
         )
+
+    def _limits(self, values: Mapping[str, str], faults: dict[str, str]) -> dict[str, Any]:
+        """What a new share and one that is changed have in common, as arguments; a fault for each wrong field."""
+        limits: dict[str, Any] = {
+            "name": values["name"],
+            "path": values["path"] or "/",
+            "message": values["message"],
+            "expires": None,
+            "max_sessions": None,
+            "sign_in": _ticked(values),
+        }
+        if not limits["path"].startswith("/"):
+            faults["path"] = "A path begins with /."
+        if values["expires"]:
+            try:
+                limits["expires"] = parse_moment(values["expires"], self._now())
+            except Invalid as exc:
+                faults["expires"] = _words(exc)
+        if values["max_sessions"]:
+            if values["max_sessions"].isascii() and values["max_sessions"].isdigit():
+                limits["max_sessions"] = int(values["max_sessions"])
+            else:
+                faults["max_sessions"] = "Write a whole number, or leave it empty for no limit."
+        try:
+            limits["scope"] = _rules(values["scope"])
+        except Invalid as exc:
+            faults["scope"] = _words(exc)
+        return limits
+
+    async def _change_form(self, request: web.Request) -> web.StreamResponse:
+        owner = self._signed_in(request)
+        share = await self._service.get(request.match_info["share"])
+        if share.deleted is not None:
+            return redirect(f"{HOME}/shares/{share.id}")
+        return self._render_change(owner, share, _shown(share))
+
+    def _render_change(
+        self,
+        owner: Owner,
+        share: Share,
+        values: Mapping[str, str],
+        faults: Mapping[str, str] | None = None,
+        general: str = "",
+        status: int = 200,
+    ) -> web.Response:
+        return self._render(
+            owner,
+            "console_change.html",
+            "shares",
+            status,
+            share=share,
+            seen=_mark(_shown(share)),
+            values=values,
+            faults=faults or {},
+            general=general,
+            ways=self._boxes(_ticked(values)),
+        )
+
+    async def _change(self, request: web.Request) -> web.StreamResponse:
+        owner = self._signed_in(request)
+        fields = await self._posted(request, owner)
+        share = await self._service.get(request.match_info["share"])
+        shown, values = _shown(share), _typed(fields, *LIMITS)
+        if fields.get("seen") != _mark(shown):
+            text = "It was changed elsewhere since this form was loaded. Here it is as it is now."
+            return self._render_change(owner, share, shown, general=text, status=409)
+        faults: dict[str, str] = {}
+        limits = self._limits(values, faults)
+        changed = [name for name in LIMITS if _lines(values[name]) != _lines(shown[name])]
+        if set(_ticked(values)) != set(_ticked(shown)):
+            changed.append("sign_in")
+        if faults := {name: fault for name, fault in faults.items() if name in changed}:
+            return self._render_change(owner, share, values, faults, status=422)
+        if not changed:
+            owner.tell("good", "Nothing was changed.")
+            return redirect(f"{HOME}/shares/{share.id}")
+        try:
+            updated = await self._service.update(share.id, **{name: limits[name] for name in changed})
+        except Invalid as exc:
+            return self._render_change(owner, share, values, general=_words(exc), status=422)
+        ended = updated.revoked
+        again = f" {_ended(ended.sessions, ended.streams)}" if ended.sessions or ended.streams else ""
+        owner.tell("good", f"“{updated.share.name}” is changed.{again}")
+        return redirect(f"{HOME}/shares/{share.id}")
+
+    async def _token(self, request: web.Request) -> web.StreamResponse:
+        owner = self._signed_in(request)
+        share_id = request.match_info["share"]
+        fields = text_fields(await self._posted(request, owner), "email", "token_expires")
+        try:
+            until = parse_moment(fields["token_expires"], self._now()) if fields["token_expires"] else None
+            _, token = await self._service.create_token(share_id, fields["email"], until)
+        except Invalid as exc:
+            return await self._render_share(
+                owner, share_id, status=422, faults={"token_expires": _words(exc)}, values=fields
+            )
+        return await self._render_share(owner, share_id, token={"email": fields["email"], "token": token})
 
     async def _add(self, request: web.Request) -> web.StreamResponse:
         owner = self._signed_in(request)
@@ -469,6 +580,44 @@ def _gateway_row(gateway: Gateway, status: GatewayStatus | None) -> dict[str, An
         "rtt": f"{status.rtt * 1000:.0f} ms" if status and status.rtt is not None else "",
         "last_seen": gateway.last_seen,
     }
+
+
+def _typed(fields: Mapping[str, str], *names: str) -> dict[str, str]:
+    """The named fields, and the boxes of the ways of signing in that are ticked."""
+    return {**text_fields(fields, *names), **{name: "1" for name in fields if name.startswith(WAY)}}
+
+
+def _ticked(values: Mapping[str, str]) -> list[str]:
+    """Names of the ways of signing in."""
+    return [name.removeprefix(WAY) for name in values if name.startswith(WAY)]
+
+
+def _shown(share: Share) -> dict[str, str]:
+    """A share as its form shows it."""
+    return {
+        "name": share.name,
+        "path": share.path,
+        "scope": "\n".join(map(str, share.scope)),
+        "expires": machine_time(share.expires) if share.expires is not None else "",
+        "max_sessions": str(share.max_sessions or ""),
+        "message": share.message,
+        **{WAY + name: "1" for name in share.sign_in},
+    }
+
+
+def _mark(shown: Mapping[str, str]) -> str:
+    """Tells two states of a share apart."""
+    return tokens.digest(repr(sorted(shown.items()))).hex()
+
+
+def _lines(text: str) -> list[str]:
+    """Browsers send other line ends than they were sent."""
+    return text.strip().splitlines()
+
+
+def _rules(text: str) -> tuple[Scope, ...]:
+    """One in each line. Raises Invalid."""
+    return tuple(parse_scope(line.strip()) for line in text.splitlines() if line.strip())
 
 
 def _only(path: str) -> tuple[Scope, ...]:

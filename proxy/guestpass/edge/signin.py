@@ -460,7 +460,7 @@ class SignInPages(Desk):
                 "What you have open of it is closed at once.",
                 "Only its owner can invite you again.",
             ],
-            links=[],
+            links=[{"href": "/me", "label": "Keep it"}],
             posts=[
                 {
                     "action": f"/me/remove/{share.id}",

@@ -133,6 +133,8 @@ class Worker:
     """`families` are its last."""
     admits: bool = False
     """It accepts visitors, or is about to."""
+    ways: list[str] = field(default_factory=list)
+    """Names of the authenticators among which visitors can choose."""
     leaving: bool = False
     """Its end is wanted."""
     cause: str = "exit"
@@ -226,7 +228,7 @@ class Supervisor:
             notifiers=plugins.notifiers,
             origins=origins,
             renew=self._renew,
-            ways=lambda: [section.name or section.use for section in config.authenticate],
+            ways=self._ways,
             restored=self._restored,
         )
         self._cleanups.append(self.home.close)
@@ -653,6 +655,7 @@ class Supervisor:
             "ready": partial(self._worker_ready, worker),
             "failed": partial(self._worker_failed, worker),
             "last": partial(self._last, worker),
+            "ways": partial(setattr, worker, "ways"),
         }
 
     def _worker_admits(self, worker: Worker) -> None:
@@ -670,6 +673,11 @@ class Supervisor:
             log.error("worker %d cannot start: %s", worker.number, exc)
             # It ends by itself, unless a plugin has left a thread behind that does not.
             self._loop.call_later(STOP_SECONDS, worker.kill, "overdue")
+
+    def _ways(self) -> list[str]:
+        """The supervisor has no authenticators: as the youngest worker says, which read the newest configuration."""
+        serving = [worker for worker in self._workers.values() if worker.up]
+        return max(serving, key=lambda worker: worker.number).ways if serving else []
 
     def _last(self, worker: Worker, families: list[Family]) -> None:
         worker.families = families

@@ -165,6 +165,7 @@ class Parts(Protocol):
     def lane(self) -> Lane: ...
     def revoke(self, revocation: Revocation) -> Revoked: ...
     def reload(self) -> asyncio.Task[None]: ...
+    def ways(self) -> list[str]: ...
     async def faults(self) -> dict[str, str]: ...
     async def drain(self, *, replaced: bool = False) -> None: ...
 
@@ -238,6 +239,7 @@ class Seat:
         self._serving = True
         self._parts.lane.lease = self._lease
         self._look()
+        self._tell_ways()
         self.channel.tell("ready")
         self._started.set_result(None)
         how = await self._leave
@@ -408,6 +410,11 @@ class Seat:
         await asyncio.shield(self._started)
         if self._parts is not None:
             await self._parts.reload()
+            self._tell_ways()
+
+    def _tell_ways(self) -> None:
+        if self._parts is not None:
+            self.channel.tell("ways", self._parts.ways())
 
     def _told_to_leave(self, how: str) -> None:
         """`how`: "replaced", "drain" or "stop"; "abandoned" when the supervisor is gone."""

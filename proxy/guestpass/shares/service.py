@@ -651,7 +651,7 @@ class ShareService:
         def work(db: Connection) -> tuple[Gateway, bool]:
             token = gateways.join_token(db, digest)
             if token is None or token.expires <= now:
-                raise _rejected("unknown or has expired")
+                raise _rejected("is unknown or has expired")
             gateway = gateways.get(db, token.site, name)
             same = gateway is not None and gateway.public_key == public_key
             if token.used_key is not None:
