@@ -27,6 +27,7 @@ from guestpass.model import Session, SessionKind, Share
 from guestpass.plugin import (
     Edits,
     Form,
+    Host,
     PluginConfig,
     Redirect,
     RequestContext,
@@ -34,7 +35,7 @@ from guestpass.plugin import (
     Revocation,
     Revoker,
 )
-from guestpass.testing import edge_with, use
+from guestpass.testing import TestEdge, edge_with, use
 
 SHARE = Share("s1", "n", "plant", "dash", "/", (), "o", "", 0.0, None, None)
 SESSION = Session("e1", "s1", "r1", "a@example.org", SessionKind.COOKIE, "email-code", 0.0, 0.0, None, "c")
@@ -380,6 +381,54 @@ async def test_a_broken_new_set_keeps_the_old_one(
         await stack.edge.reload()
         assert "cannot start: ZeroDivisionError" in caplog.records[-1].getMessage()
         assert await version(stack) == "1"
+
+
+class Cycle(Revoker):
+    """Notes its life, and answers when it may."""
+
+    def __init__(self, name: str, *, slow_start: bool = False) -> None:
+        super().__init__(name, PluginConfig())
+        self.slow_start = slow_start
+        self.may_answer = asyncio.Event()
+        self.said: list[str] = []
+
+    async def start(self, host: Host) -> None:
+        await super().start(host)
+        self.said.append("started")
+        if self.slow_start:
+            await asyncio.Event().wait()
+
+    async def stop(self) -> None:
+        self.said.append("stopped")
+
+    async def check(self, share: Share, session: Session) -> None:
+        self.said.append("asked")
+        await self.may_answer.wait()
+
+
+async def test_a_replacement_that_is_cut_short_leaves_no_plugin_behind() -> None:
+    """As when the edge is told to stop during a reload."""
+    old, new, ready, slow = Cycle("old"), Cycle("new"), Cycle("ready"), Cycle("slow", slow_start=True)
+
+    async def cut_short(edge: TestEdge, last: Cycle, *plugins: Cycle) -> None:
+        replacing = asyncio.create_task(edge.edge.plugins.replace(PluginSet({"revoke": plugins})))
+        await edge.until(lambda: last.said, "the last of the new ones is being started")
+        replacing.cancel()
+        await asyncio.wait((replacing,))
+        assert replacing.cancelled()
+
+    async with edge_with(old) as edge:
+        asked = asyncio.create_task((await edge.admitted()).get("/"))
+        await edge.until(lambda: "asked" in old.said, "the old one is asked")
+        await cut_short(edge, slow, ready, slow)
+        assert ready.said == slow.said == ["started", "stopped"]
+        assert old.said == ["started", "asked"], "it goes on as before"
+        await cut_short(edge, new, new)  # while a hook of the old one runs
+        assert old.said == ["started", "asked", "stopped"]
+        assert new.said == ["started"]
+        old.may_answer.set()
+        await asked
+    assert new.said == ["started", "stopped"]
 
 
 async def test_sessions_of_an_authenticator_that_is_gone_are_over(tmp_path: Path, application: str) -> None:
