@@ -278,6 +278,7 @@ class Process:
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._ids = 0
         self._host: _Host | None = None
+        self._starting: asyncio.Task[None] | None = None  # the loop itself keeps tasks by weak references only
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -313,7 +314,7 @@ class Process:
                     future.set_result(message["value"])
         elif do == "start":
             self._host = _Host(self, bytes.fromhex(message["seed"]))
-            self._loop.create_task(self._start(message["id"]), name="start")
+            self._starting = self._loop.create_task(self._start(message["id"]), name="start")
         elif do == "stop":
             try:
                 await self._plugin.stop()
