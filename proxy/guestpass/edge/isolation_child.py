@@ -260,7 +260,7 @@ class _Told(logging.Handler):
         self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # a log that raises would be the plugin's fault to somebody
             self._send({"do": "log", "level": record.levelno, "text": self.format(record)[:8192]})
 
 
@@ -278,7 +278,8 @@ class Process:
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._ids = 0
         self._host: _Host | None = None
-        self._starting: asyncio.Task[None] | None = None  # the loop itself keeps tasks by weak references only
+        # The loop itself keeps tasks by weak references only.
+        self._starting: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
