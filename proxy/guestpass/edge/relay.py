@@ -348,8 +348,6 @@ class Relay:
         words = static.elsewhere(request[CLIENT].address)
         if words is None:
             words = static.outside(request.method, request.raw_path)
-            if words is not None:
-                words = words or NOT_SHARED
         if words is not None:
             return self._forbidden(request, words or NOT_SHARED)
         wait = static.take(time.monotonic())
@@ -584,8 +582,7 @@ class Relay:
         finally:
             if pump is not None:
                 pump.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await pump
+                await asyncio.wait((pump,))  # which a cancellation of ours still ends
 
     async def _response_head(
         self, request: web.Request, stream: TunnelStream, patience: _Patience, *, upgrade: bool
