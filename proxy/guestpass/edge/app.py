@@ -307,8 +307,8 @@ class Edge:
         sockets = iter(seat.sockets if seat is not None else repeat(None))
         for url in edge.listen:
             listener = Listener(url, self.certificates, next(sockets))
-            await listener.start(self.house.front)
             self._listeners.append(listener)
+            await listener.start(self.house.front)
         listening = [listener.url for listener in self._listeners]
         for url in edge.redirect_listen:
             server = BareServer(
@@ -320,8 +320,8 @@ class Edge:
                 refusals=self.refusals,
                 sock=next(sockets),
             )
-            listening.append(await server.start())
             self._bare.append(server)
+            listening.append(await server.start())
         if self.acme is not None:
             await self.acme.start()
             self._cleanups.append(self.acme.stop)
