@@ -58,7 +58,7 @@ from guestpass.edge.metrics import Metrics
 from guestpass.edge.origins import Origins
 from guestpass.edge.pages import Pages
 from guestpass.edge.plugins import PluginSet
-from guestpass.edge.relay import RETRY_AFTER, Relay
+from guestpass.edge.relay import Relay
 from guestpass.edge.signing_keys import JWKS_SECONDS, KeyRing
 from guestpass.edge.tunnels import Tunnels
 from guestpass.edge.worker import Seat
@@ -603,7 +603,7 @@ class Edge:
         except StoreError as exc:
             error_id = secrets.token_hex(4)
             log.warning("error %s: %s", error_id, exc)
-            return self.pages.error(503, request=request, error_id=error_id, retry_after=RETRY_AFTER)
+            return self.pages.error(503, request=request, error_id=error_id)
         except Exception:
             error_id = secrets.token_hex(4)
             log.exception("error %s: unexpected", error_id)

@@ -80,9 +80,6 @@ TAIL = 64 * 1024
 TAIL_FIRST = 0.001
 TAIL_POLL = 0.05
 
-# What browsers wait before they try again when no gateway is there.
-RETRY_AFTER = 5
-
 NOT_SHARED = "This is not part of what was shared."
 
 # Stream errors before a response began, and what the visitor is told.
@@ -281,9 +278,7 @@ class Relay:
             upgraded = response.status == 101
             self._count(grant.service, response.status, None if upgraded else time.perf_counter() - start)
             return response
-        return self._problem(
-            request, 503, f"share {share_id}: revoked again and again", retry_after=RETRY_AFTER
-        )
+        return self._problem(request, 503, f"share {share_id}: revoked again and again")
 
     def _count(self, service: str, status: int, seconds: float | None) -> None:
         self._metrics.requests.labels(service, f"{status // 100}xx", "aiohttp").inc()
@@ -314,7 +309,7 @@ class Relay:
             except NotFound:
                 return self._pages.error(421, request=request)
             except NoGateway as exc:
-                return self._problem(request, 503, f"share {share_id}: {exc}", retry_after=RETRY_AFTER)
+                return self._problem(request, 503, f"share {share_id}: {exc}")
             except PluginFailed as exc:
                 return self._pages.error(503, request=request, error_id=exc.error_id)
             except Forbidden as exc:
@@ -479,13 +474,11 @@ class Relay:
                     request, live, upgrade=upgrade, has_body=not bodiless and not upgrade
                 )
             except NoGateway as exc:
-                return self._problem(request, 503, f"{grant.site}: {exc}", retry_after=RETRY_AFTER)
+                return self._problem(request, 503, f"{grant.site}: {exc}")
             except StreamRefused as exc:
                 tried.add(gateway)
                 if attempt == MAX_ATTEMPTS or exc.code is ErrorCode.OVERLOADED:
-                    return self._problem(
-                        request, 503, f"{grant.site}/{gateway}: {exc.reason}", retry_after=RETRY_AFTER
-                    )
+                    return self._problem(request, 503, f"{grant.site}/{gateway}: {exc.reason}")
             except StreamReset as exc:
                 stream = live.stream
                 assert stream is not None
@@ -544,12 +537,10 @@ class Relay:
             retry_after=limits.RETRY_AFTER if told.retry else None,
         )
 
-    def _problem(
-        self, request: web.Request, status: int, what: str, *, retry_after: int | None = None
-    ) -> web.StreamResponse:
+    def _problem(self, request: web.Request, status: int, what: str) -> web.StreamResponse:
         error_id = secrets.token_hex(4)
         log.warning("error %s: %d: %s", error_id, status, what)
-        return self._pages.error(status, error_id=error_id, request=request, retry_after=retry_after)
+        return self._pages.error(status, error_id=error_id, request=request)
 
     # ── the exchange ─────────────────────────────────────────────────────────────────────────────────────────────
 
