@@ -65,7 +65,7 @@ from guestpass.edge.worker import Seat
 from guestpass.errors import Forbidden, GuestpassError, StoreError
 from guestpass.hosts import is_loopback
 from guestpass.model import Revocation, Revoked
-from guestpass.plugin import Client
+from guestpass.plugin import Client, Message
 from guestpass_speedups.relay import Connection, Lane
 from guestpass_speedups.session import Budget
 
@@ -148,9 +148,45 @@ class Edge:
             raise
 
     async def _start(self) -> dict[str, Any]:
-        config, edge = self.config, self.config.edge
-        seat = self._seat
+        config, seat = self.config, self._seat
         state = make_state_folder(config)
+        api_key, api_key_file = self._prepare(config, state)
+        home, notify = await self._open_home(config)
+        self._make_parts(config)
+        if seat is not None:
+            seat.settle(self)
+        await self.plugins.start(
+            self.service,
+            self.events,
+            notify=notify,
+            revoke=self._publish,
+            fail_closed=self.grants.end_all,
+            secret=plugin_secret(state),
+            now=self._now,
+            count_blocked=lambda plugin: self.metrics.loop_blocked.labels(plugin).inc(),
+            incoming=self.incoming,
+        )
+        self._cleanups.append(self.plugins.stop)
+        if home is not None:
+            await home.courier.start()
+            self._cleanups.append(home.courier.stop)
+        listening, admin_url = await self._listen(config, api_key)
+        if self.acme is not None:
+            await self.acme.start()
+            self._cleanups.append(self.acme.stop)
+        self._tasks.append(asyncio.create_task(self._sweep(), name="sweep"))
+        return ready_line(
+            config,
+            listen=listening,
+            admin_url=admin_url,
+            api_key_file=api_key_file,
+            pid=os.getpid(),
+        )
+
+    def _prepare(self, config: EdgeConfig, state: Path) -> tuple[str, Path | None]:
+        """What can be wrong in the configuration: certificates, keys, plugins. Returns the API key, and the file that
+        it is in. Raises GuestpassError."""
+        edge = config.edge
         self.origins = Origins(edge.public_url, edge.share_domain)
         # Not on a developer's machine: a browser keeps it for all ports of the name, other servers' too.
         public = not is_loopback(urlsplit(edge.public_url).hostname or "")
@@ -171,7 +207,14 @@ class Edge:
         self.plugins = self._load_plugins(config)
         self._cleanups.append(self.plugins.stop)  # of those that were loaded and never started as well
         self._seen = _fingerprint(config)
-        self.grants: GrantTable
+        return api_key, api_key_file
+
+    async def _open_home(
+        self, config: EdgeConfig
+    ) -> tuple[Home | None, Callable[[Message], Awaitable[object]]]:
+        """The store and what rests on it, or, of one worker among several, the way to the supervisor's; and what queues
+        a message. Raises GuestpassError."""
+        seat = self._seat
         home: Home | None = None
         if seat is None:
             self.events = EventHub()
@@ -193,7 +236,11 @@ class Edge:
             self.events = seat.events
             self.service = seat.service
             notify, self._publish = seat.enqueue, seat.publish
-        service = self.service
+        return home, notify
+
+    def _make_parts(self, config: EdgeConfig) -> None:
+        """The parts, each with what it needs of the others. Nothing is served yet."""
+        edge, seat, service = config.edge, self._seat, self.service
         self.grants = GrantTable(now=self._now, touched=service.touch if seat is None else seat.touch_later)
         self.tunnels = Tunnels(
             edge_name=edge.name,
@@ -258,23 +305,10 @@ class Edge:
             certificates=self.certificates.expiries,
         )
         self.incoming = IncomingRoutes(self.origins)
-        if seat is not None:
-            seat.settle(self)
-        await self.plugins.start(
-            service,
-            self.events,
-            notify=notify,
-            revoke=self._publish,
-            fail_closed=self.grants.end_all,
-            secret=plugin_secret(state),
-            now=self._now,
-            count_blocked=lambda plugin: self.metrics.loop_blocked.labels(plugin).inc(),
-            incoming=self.incoming,
-        )
-        self._cleanups.append(self.plugins.stop)
-        if home is not None:
-            await home.courier.start()
-            self._cleanups.append(home.courier.stop)
+
+    async def _listen(self, config: EdgeConfig, api_key: str) -> tuple[list[str], str]:
+        """Serve. Returns the URLs that are listened on, and the admin listener's. Raises PortTaken, ConfigError."""
+        edge, seat, service = config.edge, self._seat, self.service
         live = self.grants if seat is None else seat.live
         api = Api(
             service=service,
@@ -322,17 +356,7 @@ class Edge:
             )
             self._bare.append(server)
             listening.append(await server.start())
-        if self.acme is not None:
-            await self.acme.start()
-            self._cleanups.append(self.acme.stop)
-        self._tasks.append(asyncio.create_task(self._sweep(), name="sweep"))
-        return ready_line(
-            config,
-            listen=listening,
-            admin_url=admin_url,
-            api_key_file=api_key_file,
-            pid=os.getpid(),
-        )
+        return listening, admin_url
 
     async def drain(self, *, replaced: bool = False) -> None:
         """Stop accepting, tell the gateways, let what runs finish, at most `drain_seconds`. `replaced`: other workers
