@@ -4,10 +4,10 @@ Each method that changes something is one transaction: when it returns the chang
 was changed. Events are emitted after that, and never hold a link, token, path or query.
 
 Revocation has an order that nothing may break: commit, then publish on the bus, then have the store's journal remember
-it, then answer. Commit first, so that
-whoever rebuilds a grant after the publication reads a store that already refuses; publish always, also when the share
-was deleted before, so that repeating a deletion that failed half-way completes it. A caller who goes away in between
-(a closed connection cancels the API's handler) does not stop it: see `_unstoppable`.
+it, then answer. Commit first, so that whoever rebuilds a grant after the publication reads a store that already
+refuses; publish always, also when the share was deleted before, so that repeating a deletion that failed half-way
+completes it. A caller who goes away in between (a closed connection cancels the API's handler) does not stop it: see
+`_unstoppable`.
 """
 
 from __future__ import annotations
