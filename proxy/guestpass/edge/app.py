@@ -186,12 +186,13 @@ class Edge:
     def _prepare(self, config: EdgeConfig, state: Path) -> tuple[str, Path | None]:
         """What can be wrong in the configuration: certificates, keys, plugins. Returns the API key, and the file that
         it is in. Raises GuestpassError."""
-        edge = config.edge
+        edge, seat = config.edge, self._seat
         self.origins = Origins(edge.public_url, edge.share_domain)
         # Not on a developer's machine: a browser keeps it for all ports of the name, other servers' too.
         public = not is_loopback(urlsplit(edge.public_url).hostname or "")
         self._hsts = f"max-age={edge.hsts_seconds}" if public and edge.hsts_seconds else ""
         self.metrics = Metrics()
+        self.events = EventHub() if seat is None else seat.events
         if config.acme is not None:
             self.acme = Acme(
                 config,
@@ -207,6 +208,7 @@ class Edge:
         self.plugins = self._load_plugins(config)
         self._cleanups.append(self.plugins.stop)  # of those that were loaded and never started as well
         self._seen = _fingerprint(config)
+        self.grants: GrantTable
         return api_key, api_key_file
 
     async def _open_home(
@@ -217,7 +219,6 @@ class Edge:
         seat = self._seat
         home: Home | None = None
         if seat is None:
-            self.events = EventHub()
             home = await Home.open(
                 config,
                 events=self.events,
@@ -233,7 +234,6 @@ class Edge:
             self.service = home.service
             notify, self._publish = home.courier.enqueue, home.bus.publish
         else:
-            self.events = seat.events
             self.service = seat.service
             notify, self._publish = seat.enqueue, seat.publish
         return home, notify
@@ -341,8 +341,8 @@ class Edge:
         sockets = iter(seat.sockets if seat is not None else repeat(None))
         for url in edge.listen:
             listener = Listener(url, self.certificates, next(sockets))
-            self._listeners.append(listener)
             await listener.start(self.house.front)
+            self._listeners.append(listener)
         listening = [listener.url for listener in self._listeners]
         for url in edge.redirect_listen:
             server = BareServer(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from guestpass.edge.browser import BodyTooSlow, Limiter, arrived
+from guestpass.edge.browser import Limiter, arrived
 from guestpass.edge.keys import CLIENT, SHARE_ID
 from guestpass.errors import PluginError
 from guestpass.plugin import Answer, Incoming, Reply, settled
@@ -111,8 +111,6 @@ class IncomingRoutes:
             )
         except (web.HTTPException, ConnectionError):
             raise
-        except BodyTooSlow as exc:  # the caller's affair, and nothing for the log
-            return web.Response(status=exc.status, headers={"Cache-Control": "no-store"})
         except Exception:
             error_id = secrets.token_hex(4)
             log.exception("error %s: plugin %r failed on a request from outside", error_id, name)

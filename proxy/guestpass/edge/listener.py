@@ -16,6 +16,9 @@ from guestpass.edge.certificates import Certificates
 from guestpass.edge.tls import TlsServer
 from guestpass.errors import ConfigError, PortTaken
 
+# Connections that wait in the kernel for accept().
+BACKLOG = 1024
+
 
 class Listener:
     """One `listen` URL of edge.toml. `sock`: one that was bound already, by the supervisor of several workers."""
@@ -47,7 +50,7 @@ class Listener:
         sock = self.bind()
         certificates = self._certificates
         if certificates is None:
-            self._server = await loop.create_server(front, sock=sock)
+            self._server = await loop.create_server(front, sock=sock, backlog=BACKLOG)
         else:
             self._server = TlsServer(sock, front, certificates.choose, lambda: certificates.several)
 
@@ -78,7 +81,7 @@ def bind(host: str, port: int) -> socket.socket:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.setblocking(False)
         sock.bind(address)
-        sock.listen(loop.BACKLOG)
+        sock.listen(BACKLOG)
     except OSError as exc:
         sock.close()
         where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

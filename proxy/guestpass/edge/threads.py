@@ -23,14 +23,13 @@ class Exhausted(Exception):
 
 
 class _Job:
-    __slots__ = ("abandoned", "call", "future", "left_behind", "running")
+    __slots__ = ("abandoned", "call", "future", "running")
 
     def __init__(self, call: Callable[[], Any], future: asyncio.Future[Any]) -> None:
         self.call = call
         self.future = future
         self.running = False
         self.abandoned = False
-        self.left_behind = False  # counted as such; whether it runs may change in its thread meanwhile
 
 
 class Threads:
@@ -67,8 +66,7 @@ class Threads:
         finally:
             if not job.future.done():
                 job.abandoned = True
-                job.left_behind = job.running
-                self._left_behind += job.left_behind
+                self._left_behind += job.running
 
     def close(self) -> None:
         """Threads that are at work end with their hook."""
@@ -94,7 +92,7 @@ class Threads:
 
     def _finished(self, job: _Job, result: Any, error: BaseException | None) -> None:
         self._jobs -= 1
-        self._left_behind -= job.left_behind
+        self._left_behind -= job.abandoned and job.running
         if job.future.done():
             return
         if error is None:
