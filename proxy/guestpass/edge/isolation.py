@@ -90,6 +90,7 @@ class Failed(Exception):
 class Loading:
     """What a process is started with."""
 
+    kind: str
     section: str
     position: int
     line: int | None
@@ -283,7 +284,7 @@ class Isolated(Plugin):
             keeper.cancel()
             await asyncio.wait((keeper,))
         if self._writer is not None and self._process is not None:
-            with contextlib.suppress(Exception):  # whatever it was, the process is killed below
+            with contextlib.suppress(Exception):
                 self._writer.write(pack({"do": "stop"}))
                 deadline = time.monotonic() + STOP_SECONDS
                 while self._process.process.poll() is None and time.monotonic() < deadline:
@@ -652,7 +653,9 @@ def isolated(
 ) -> Isolated:
     """The proxy of a plugin whose process has loaded it. Raises PluginError, ConfigError."""
     assert entry.isolation is not None
-    loading = Loading(section, position, line, file, entry.use, entry.name, entry.settings, entry.isolation)
+    loading = Loading(
+        kind, section, position, line, file, entry.use, entry.name, entry.settings, entry.isolation
+    )
     try:
         return PROXIES[kind](loading)
     except WireError as exc:
