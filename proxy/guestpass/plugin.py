@@ -35,6 +35,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, SecretStr, Validati
 from guestpass.addresses import canonical as canonical_address
 from guestpass.config import Secret as _SecretSource
 from guestpass.errors import ConfigError, Invalid, InvalidEmail
+from guestpass.hosts import client_network
 from guestpass.model import Candidate, Event, Identity, Revocation, Scope, Session, SessionKind, Share
 from guestpass.scope import parse_scope
 
@@ -272,15 +273,7 @@ class Client:
     @property
     def network(self) -> str:
         """What to count as one client: the address, or the /64 of an IPv6 address, which one home or office has."""
-        try:
-            ip = ipaddress.ip_address(self.address.partition("%")[0])
-        except ValueError:
-            return self.address
-        if isinstance(ip, ipaddress.IPv6Address):
-            if ip.ipv4_mapped is not None:
-                return str(ip.ipv4_mapped)
-            return str(ipaddress.ip_network((ip, 64), strict=False))
-        return str(ip)
+        return client_network(self.address)
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,8 +134,6 @@ def test_move_changes_the_gateway_that_ends_it(table: GrantTable) -> None:
     grant = make(1)
     with_stream(table, grant)
     table.move(grant, "g2")
-    assert table.gateway_streams("plant", "g1") == 0
-    assert table.gateway_streams("plant", "g2") == 1
     assert table.revoke(Revocation("x", gateway=("plant", "g1"))).streams == 0
     assert table.revoke(Revocation("x", gateway=("plant", "g2"))).streams == 1
 

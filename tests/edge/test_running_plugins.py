@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from support.served import dripping, serving
 from support.stack import Stack, running
 
 from guestpass.config import PluginSection
@@ -29,6 +30,7 @@ from guestpass.plugin import (
     Client,
     Edits,
     Form,
+    Host,
     PluginConfig,
     Redirect,
     RequestContext,
@@ -38,7 +40,7 @@ from guestpass.plugin import (
     SignIn,
     Step,
 )
-from guestpass.testing import edge_with, use
+from guestpass.testing import TestEdge, edge_with, use
 
 SHARE = Share("s1", "n", "plant", "dash", "/", (), "o", "", 0.0, None, None)
 SESSION = Session("e1", "s1", "r1", "a@example.org", SessionKind.COOKIE, "email-code", 0.0, 0.0, None, "c")
@@ -56,22 +58,8 @@ async def application() -> AsyncIterator[str]:
     async def show(request: web.Request) -> web.Response:
         return web.json_response({k.lower(): v for k, v in request.headers.items()})
 
-    async def forever(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse()
-        await response.prepare(request)
-        while True:
-            await response.write(b"x" * 100)
-            await asyncio.sleep(0.01)
-
-    app = web.Application()
-    app.router.add_get("/forever", forever)
-    app.router.add_get("/{tail:.*}", show)
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    host, port = runner.addresses[0][:2]
-    yield f"http://{host}:{port}"
-    await runner.cleanup()
+    async with serving(dripping(show), handler_cancellation=True) as url:
+        yield url
 
 
 # ── plugins that block ───────────────────────────────────────────────────────────────────────────────────────────
@@ -445,6 +433,54 @@ async def test_a_broken_new_set_keeps_the_old_one(
         await stack.edge.reload()
         assert "cannot start: ZeroDivisionError" in caplog.records[-1].getMessage()
         assert await version(stack) == "1"
+
+
+class Cycle(Revoker):
+    """Notes its life, and answers when it may."""
+
+    def __init__(self, name: str, *, slow_start: bool = False) -> None:
+        super().__init__(name, PluginConfig())
+        self.slow_start = slow_start
+        self.may_answer = asyncio.Event()
+        self.said: list[str] = []
+
+    async def start(self, host: Host) -> None:
+        await super().start(host)
+        self.said.append("started")
+        if self.slow_start:
+            await asyncio.Event().wait()
+
+    async def stop(self) -> None:
+        self.said.append("stopped")
+
+    async def check(self, share: Share, session: Session) -> None:
+        self.said.append("asked")
+        await self.may_answer.wait()
+
+
+async def test_a_replacement_that_is_cut_short_leaves_no_plugin_behind() -> None:
+    """As when the edge is told to stop during a reload."""
+    old, new, ready, slow = Cycle("old"), Cycle("new"), Cycle("ready"), Cycle("slow", slow_start=True)
+
+    async def cut_short(edge: TestEdge, last: Cycle, *plugins: Cycle) -> None:
+        replacing = asyncio.create_task(edge.edge.plugins.replace(PluginSet({"revoke": plugins})))
+        await edge.until(lambda: last.said, "the last of the new ones is being started")
+        replacing.cancel()
+        await asyncio.wait((replacing,))
+        assert replacing.cancelled()
+
+    async with edge_with(old) as edge:
+        asked = asyncio.create_task((await edge.admitted()).get("/"))
+        await edge.until(lambda: "asked" in old.said, "the old one is asked")
+        await cut_short(edge, slow, ready, slow)
+        assert ready.said == slow.said == ["started", "stopped"]
+        assert old.said == ["started", "asked"], "it goes on as before"
+        await cut_short(edge, new, new)  # while a hook of the old one runs
+        assert old.said == ["started", "asked", "stopped"]
+        assert new.said == ["started"]
+        old.may_answer.set()
+        await asked
+    assert new.said == ["started", "stopped"]
 
 
 async def test_sessions_of_an_authenticator_that_is_gone_are_over(tmp_path: Path, application: str) -> None:

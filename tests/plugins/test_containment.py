@@ -21,6 +21,7 @@ import psutil
 import pytest
 from aiohttp import web
 from support.scoreboard import LONG, percentile, row
+from support.served import dripping, serving
 from support.stack import Stack, running
 
 from guestpass.edge import plugins as module
@@ -54,22 +55,8 @@ async def application() -> AsyncIterator[str]:
     async def show(request: web.Request) -> web.Response:
         return web.Response(text="here")
 
-    async def forever(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse()
-        await response.prepare(request)
-        while True:
-            await response.write(b"x" * 100)
-            await asyncio.sleep(0.01)
-
-    app = web.Application()
-    app.router.add_get("/forever", forever)
-    app.router.add_get("/{tail:.*}", show)
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    host, port = runner.addresses[0][:2]
-    yield f"http://{host}:{port}"
-    await runner.cleanup()
+    async with serving(dripping(show), handler_cancellation=True) as url:
+        yield url
 
 
 @pytest.fixture(autouse=True)

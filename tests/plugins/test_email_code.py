@@ -5,26 +5,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import re
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.people import ALICE, CODE, MALLORY, People, people
+from support.people import ALICE, CODE, MALLORY, Clock, People, people
 from support.scoreboard import LONG, row
 
 from guestpass.plugin import Client, Denied, Form, Identity, Message, SignIn
 from guestpass_plugins.authenticate import email_code
 from guestpass_plugins.authenticate.email_code import CODE_DIGITS, CODES_PER_ADDRESS, MAX_TRIES, EmailCode
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.at = time.time()
-
-    def __call__(self) -> float:
-        return self.at
 
 
 @pytest.fixture

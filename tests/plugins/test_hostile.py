@@ -36,7 +36,7 @@ from support.hostile import (
     rsa_key,
     tiny_rsa,
 )
-from support.people import Answer, Browser, People, people, plugin
+from support.people import Answer, Browser, Clock, People, people, plugin
 from support.scoreboard import row
 
 from guestpass.errors import PluginError
@@ -460,14 +460,6 @@ RETURNS: dict[str, Behave] = {
     "an ID token in the URL": lambda s: s.back(code=None, id_token=str(s.provider.token())),
     "skips the mailed code": skips_the_code,
 }
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.at = time.time()
-
-    def __call__(self) -> float:
-        return self.at
 
 
 @pytest.fixture

@@ -11,22 +11,12 @@ from typing import Any
 
 import pytest
 from support.authenticator import USER_PRESENT, USER_VERIFIED, Authenticator, b64
-from support.people import ALICE, BOB, Answer, Browser, People, people
+from support.people import ALICE, BOB, Answer, Browser, Clock, People, people
 
 from guestpass.model import Share
 from guestpass_plugins.authenticate.email_code import PASSKEY_DAYS
 
 OPTIONS = re.compile(r'data-passkey="(get|create)" data-options="([^"]*)"')
-
-
-class Clock:
-    def __init__(self) -> None:
-        import time
-
-        self.at = time.time()
-
-    def __call__(self) -> float:
-        return self.at
 
 
 @pytest.fixture

@@ -298,6 +298,23 @@ async def test_stopping_loses_nothing(w: World) -> None:
         assert (await post.outcome()).type == "mail.sent"
 
 
+async def test_a_fault_of_our_own_does_not_end_it(
+    w: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(work: object) -> None:
+        monkeypatch.undo()
+        raise LookupError("oops")
+
+    notifier = Scripted()
+    monkeypatch.setattr(w.store, "read", broken)
+    async with Post(w, notifier) as post:
+        async with asyncio.timeout(10):
+            while "oops" not in caplog.text:
+                await asyncio.sleep(0.01)
+        await post.courier.enqueue(code())
+        assert (await post.outcome()).type == "mail.sent"
+
+
 async def test_queued_means_on_disk(w: World, tmp_path: Path) -> None:
     await Post(w).courier.enqueue(code())
     await w.service.close()

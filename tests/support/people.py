@@ -50,6 +50,16 @@ INPUT = re.compile(r'<input type="hidden" name="csrf" value="([^"]+)">')
 ACTION = re.compile(r'<form method="post" action="([^"]+)"')
 
 
+class Clock:
+    """Stands at the time at which it was made, until it is moved."""
+
+    def __init__(self) -> None:
+        self.at = time.time()
+
+    def __call__(self) -> float:
+        return self.at
+
+
 class Gateways:
     """What admission asks of the tunnels."""
 

@@ -13,11 +13,11 @@ from typing import Any, cast
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from guestpass import loop as loops
-from guestpass.edge.tunnels import Tunnels, own_certificate_hash
+from guestpass.edge.tunnels import Tunnels
 from guestpass.gateway import dial
 from guestpass.local_ca import write_certificates
 from guestpass.model import Event
-from guestpass.mux.handshake import Hello
+from guestpass.mux.handshake import Hello, certificate_hash
 from guestpass.mux.link import End, GatewayLink
 from guestpass.mux.stream import TunnelStream
 from guestpass_speedups.session import Budget, Session
@@ -95,7 +95,7 @@ async def edge(
             write_certificates(folder, ("localhost", "127.0.0.1"))
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
-        expected = own_certificate_hash(folder / "cert.pem")
+        expected = certificate_hash(ssl.PEM_cert_to_DER_cert((folder / "cert.pem").read_text("ascii")))
     if binding != b"own":
         expected = binding
     keys: dict[tuple[str, str], bytes] = {}

@@ -6,7 +6,6 @@ connection, a wrong password, a sender that the server does not want) may be rep
 
 from __future__ import annotations
 
-import ipaddress
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import aiosmtplib
 from pydantic import AfterValidator, model_validator
 
 from guestpass.plugin import ConfigPath, Host, Message, NotDelivered, Notifier, PluginConfig, Secret
+from guestpass_plugins.networks import is_loopback
 from guestpass_plugins.notify.letter import KEY_PURPOSE, address_of, check_sender, letter
 
 __all__ = ["Smtp"]
@@ -57,7 +57,7 @@ def parse_url(url: str) -> Server:
         )
     tls: Tls
     if asked is None:
-        tls = "tls" if parts.scheme == "smtps" else "none" if _is_loopback(parts.hostname) else "starttls"
+        tls = "tls" if parts.scheme == "smtps" else "none" if is_loopback(parts.hostname) else "starttls"
     elif asked == "starttls":
         tls = "starttls"
     elif asked == "none":
@@ -93,7 +93,7 @@ class Smtp(Notifier):
             server = parse_url(self.url.get_secret_value())
             if (self.password is not None or server.password is not None) and server.user is None:
                 raise ValueError("there is a password but no user: smtp://USER@HOST")
-            if server.user is not None and server.tls == "none" and not _is_loopback(server.host):
+            if server.user is not None and server.tls == "none" and not is_loopback(server.host):
                 raise ValueError("tls=none would send the password in the clear; use tls=starttls or tls=tls")
             return self
 
@@ -145,10 +145,3 @@ class Smtp(Notifier):
 
 def _refused(code: int, said: str) -> NotDelivered:
     return NotDelivered(f"{code} {said}", permanent=500 <= code < 600)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")

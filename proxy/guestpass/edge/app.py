@@ -58,14 +58,14 @@ from guestpass.edge.metrics import Metrics
 from guestpass.edge.origins import Origins
 from guestpass.edge.pages import Pages
 from guestpass.edge.plugins import PluginSet
-from guestpass.edge.relay import RETRY_AFTER, Relay
+from guestpass.edge.relay import Relay
 from guestpass.edge.signing_keys import JWKS_SECONDS, KeyRing
 from guestpass.edge.tunnels import Tunnels
 from guestpass.edge.worker import Seat
 from guestpass.errors import Forbidden, GuestpassError, StoreError
 from guestpass.hosts import is_loopback
 from guestpass.model import Revocation, Revoked
-from guestpass.plugin import Client
+from guestpass.plugin import Client, Message
 from guestpass_speedups.relay import Connection, Lane
 from guestpass_speedups.session import Budget
 
@@ -148,14 +148,51 @@ class Edge:
             raise
 
     async def _start(self) -> dict[str, Any]:
-        config, edge = self.config, self.config.edge
-        seat = self._seat
+        config, seat = self.config, self._seat
         state = make_state_folder(config)
+        api_key, api_key_file = self._prepare(config, state)
+        home, notify = await self._open_home(config)
+        self._make_parts(config)
+        if seat is not None:
+            seat.settle(self)
+        await self.plugins.start(
+            self.service,
+            self.events,
+            notify=notify,
+            revoke=self._publish,
+            fail_closed=self.grants.end_all,
+            secret=plugin_secret(state),
+            now=self._now,
+            count_blocked=lambda plugin: self.metrics.loop_blocked.labels(plugin).inc(),
+            incoming=self.incoming,
+        )
+        self._cleanups.append(self.plugins.stop)
+        if home is not None:
+            await home.courier.start()
+            self._cleanups.append(home.courier.stop)
+        listening, admin_url = await self._listen(config, api_key)
+        if self.acme is not None:
+            await self.acme.start()
+            self._cleanups.append(self.acme.stop)
+        self._tasks.append(asyncio.create_task(self._sweep(), name="sweep"))
+        return ready_line(
+            config,
+            listen=listening,
+            admin_url=admin_url,
+            api_key_file=api_key_file,
+            pid=os.getpid(),
+        )
+
+    def _prepare(self, config: EdgeConfig, state: Path) -> tuple[str, Path | None]:
+        """What can be wrong in the configuration: certificates, keys, plugins. Returns the API key, and the file that
+        it is in. Raises GuestpassError."""
+        edge, seat = config.edge, self._seat
         self.origins = Origins(edge.public_url, edge.share_domain)
         # Not on a developer's machine: a browser keeps it for all ports of the name, other servers' too.
         public = not is_loopback(urlsplit(edge.public_url).hostname or "")
         self._hsts = f"max-age={edge.hsts_seconds}" if public and edge.hsts_seconds else ""
         self.metrics = Metrics()
+        self.events = EventHub() if seat is None else seat.events
         if config.acme is not None:
             self.acme = Acme(
                 config,
@@ -174,9 +211,16 @@ class Edge:
         self._plugin_parts = tuple(part for part in OF_PLUGINS if seat is None or part in DECIDING)
         self._seen = _fingerprint(config, self._plugin_parts)
         self.grants: GrantTable
+        return api_key, api_key_file
+
+    async def _open_home(
+        self, config: EdgeConfig
+    ) -> tuple[Home | None, Callable[[Message], Awaitable[object]]]:
+        """The store and what rests on it, or, of one worker among several, the way to the supervisor's; and what queues
+        a message. Raises GuestpassError."""
+        seat = self._seat
         home: Home | None = None
         if seat is None:
-            self.events = EventHub()
             home = await Home.open(
                 config,
                 events=self.events,
@@ -192,10 +236,13 @@ class Edge:
             self.service = home.service
             notify, self._publish = home.courier.enqueue, home.bus.publish
         else:
-            self.events = seat.events
             self.service = seat.service
             notify, self._publish = seat.enqueue, seat.publish
-        service = self.service
+        return home, notify
+
+    def _make_parts(self, config: EdgeConfig) -> None:
+        """The parts, each with what it needs of the others. Nothing is served yet."""
+        edge, seat, service = config.edge, self._seat, self.service
         self.grants = GrantTable(now=self._now, touched=service.touch if seat is None else seat.touch_later)
         self.tunnels = Tunnels(
             edge_name=edge.name,
@@ -262,23 +309,10 @@ class Edge:
             certificates=self.certificates.expiries,
         )
         self.incoming = IncomingRoutes(self.origins)
-        if seat is not None:
-            seat.settle(self)
-        await self.plugins.start(
-            service,
-            self.events,
-            notify=notify,
-            revoke=self._publish,
-            fail_closed=self.grants.end_all,
-            secret=plugin_secret(state),
-            now=self._now,
-            count_blocked=lambda plugin: self.metrics.loop_blocked.labels(plugin).inc(),
-            incoming=self.incoming,
-        )
-        self._cleanups.append(self.plugins.stop)
-        if home is not None:
-            await home.courier.start()
-            self._cleanups.append(home.courier.stop)
+
+    async def _listen(self, config: EdgeConfig, api_key: str) -> tuple[list[str], str]:
+        """Serve. Returns the URLs that are listened on, and the admin listener's. Raises PortTaken, ConfigError."""
+        edge, seat, service = config.edge, self._seat, self.service
         live = self.grants if seat is None else seat.live
         api = Api(
             service=service,
@@ -327,19 +361,9 @@ class Edge:
                 refusals=self.refusals,
                 sock=next(sockets),
             )
-            listening.append(await server.start())
             self._bare.append(server)
-        if self.acme is not None:
-            await self.acme.start()
-            self._cleanups.append(self.acme.stop)
-        self._tasks.append(asyncio.create_task(self._sweep(), name="sweep"))
-        return ready_line(
-            config,
-            listen=listening,
-            admin_url=admin_url,
-            api_key_file=api_key_file,
-            pid=os.getpid(),
-        )
+            listening.append(await server.start())
+        return listening, admin_url
 
     async def drain(self, *, replaced: bool = False) -> None:
         """Stop accepting, tell the gateways, let what runs finish, at most `drain_seconds`. `replaced`: other workers
@@ -616,7 +640,7 @@ class Edge:
         except StoreError as exc:
             error_id = secrets.token_hex(4)
             log.warning("error %s: %s", error_id, exc)
-            return self.pages.error(503, request=request, error_id=error_id, retry_after=RETRY_AFTER)
+            return self.pages.error(503, request=request, error_id=error_id)
         except Exception:
             error_id = secrets.token_hex(4)
             log.exception("error %s: unexpected", error_id)

@@ -17,11 +17,12 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from guestpass.config import EdgeConfig
 from guestpass.edge.tls import server_context
-from guestpass.edge.tunnels import own_certificate_hash
 from guestpass.errors import ConfigError
+from guestpass.mux.handshake import certificate_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def load(source: Source, file: Path) -> Certificate:
     try:
         leaf = x509.load_pem_x509_certificate(source.cert.read_bytes())
         names = names_of(leaf)
-        expected = own_certificate_hash(source.cert)
+        expected = certificate_hash(leaf.public_bytes(Encoding.DER))
     except (OSError, ValueError) as exc:
         raise ConfigError(f'{file}: {source.cert} cannot be read: {exc} (key "{source.key}")') from exc
     absent = [host for host in source.hosts if not covers(names, host)]

@@ -73,13 +73,11 @@ class EventHub:
         self._queue_events = queue_events
         self._subscriptions: set[Subscription] = set()
         self._closed = False
-        self.emitted = 0
         self.lost = 0
         """Events lost, all subscribers together."""
 
     def emit(self, event: Event) -> None:
         """Hand `event` to every subscriber. Never waits, never raises."""
-        self.emitted += 1
         for subscription in tuple(self._subscriptions):
             try:
                 subscription._put(event)

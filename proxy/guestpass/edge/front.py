@@ -33,7 +33,7 @@ from guestpass.edge import limits
 from guestpass.edge.access_log import who
 from guestpass.edge.grants import Grant, GrantTable
 from guestpass.edge.metrics import DURATIONS
-from guestpass.edge.relay import RETRY_AFTER, STATUS_OF_RESET
+from guestpass.edge.relay import STATUS_OF_RESET
 from guestpass.edge.static import NOTHING
 from guestpass.loop import abort_now, acknowledged, resume_reading, unsent, waiting
 from guestpass.model import SessionKind
@@ -337,7 +337,7 @@ class Front(Connection, asyncio.BufferedProtocol):
             error_id=error_id,
             request=asked,
             message=message,
-            retry_after=RETRY_AFTER if status == 503 else retry_after,
+            retry_after=retry_after,
         )
         keep_alive = asked is not None and self.may_keep_alive
         body = cast(bytes, page.body)

@@ -274,9 +274,6 @@ class GrantTable:
         grant = self._by_session.get(session_id)
         return len(grant.streams) if grant is not None else 0
 
-    def gateway_streams(self, site: str, gateway: str) -> int:
-        return sum(len(grant.streams) for grant in self._by_gateway.get((site, gateway), ()))
-
     @property
     def all_streams(self) -> int:
         return sum(len(grant.streams) for grant in self._by_digest.values())

@@ -121,12 +121,13 @@ def ready_line(
 ) -> dict[str, Any]:
     """What `guestpass edge --json` prints when the edge serves."""
     edge = config.edge
+    to_outbox = config.mail is None and not config.notify
     return {
         "edge": edge.public_url,
         "listen": list(listen),
         "metrics": f"{admin_url}/metrics",
         "api": f"{edge.public_url}/api/v1",
-        "outbox": None if config.mail is not None else str(config.resolve(edge.outbox)),
+        "outbox": str(config.resolve(edge.outbox)) if to_outbox else None,
         "pid": pid,
         "api_key_file": str(api_key_file) if api_key_file is not None else None,
     }

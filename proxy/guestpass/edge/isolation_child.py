@@ -260,7 +260,7 @@ class _Told(logging.Handler):
         self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # a log that raises would be the plugin's fault to somebody
             self._send({"do": "log", "level": record.levelno, "text": self.format(record)[:8192]})
 
 
@@ -278,6 +278,8 @@ class Process:
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._ids = 0
         self._host: _Host | None = None
+        # The loop itself keeps tasks by weak references only.
+        self._starting: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -313,7 +315,7 @@ class Process:
                     future.set_result(message["value"])
         elif do == "start":
             self._host = _Host(self, bytes.fromhex(message["seed"]))
-            self._loop.create_task(self._start(message["id"]), name="start")
+            self._starting = self._loop.create_task(self._start(message["id"]), name="start")
         elif do == "stop":
             try:
                 await self._plugin.stop()

@@ -7,7 +7,8 @@ A frame is a length (four bytes, big-endian) and a JSON object whose `do` says w
 | edge | load | kind, use, name, settings, folder, secrets, limits, files |
 | process | loaded | name, interactive, label, needs_proof, private_headers, hooks |
 | process | refused | message, hint: the plugin cannot be loaded |
-| edge | start, stop | seed: what `Host.derive_key` rests on |
+| edge | start | id, and seed: what `Host.derive_key` rests on; answered as a call is |
+| edge | stop | |
 | edge | call, cancel | id, hook, args |
 | process | answer | id, and value or error (type, text, permanent) |
 | process | yield | id, value: one Revocation of a `watch` |

@@ -8,7 +8,6 @@ it. A flood must not fill the disk: of each limit there is one line a second at 
 from __future__ import annotations
 
 import functools
-import ipaddress
 import logging
 import secrets
 import time
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from guestpass.config import Limits
+from guestpass.hosts import client_network
 
 log = logging.getLogger("guestpass.edge.limits")
 
@@ -24,9 +24,6 @@ LOG_SECONDS = 1.0
 
 # Addresses whose client is remembered: half a megabyte.
 CLIENTS_KNOWN = 4096
-
-# Of an IPv6 address so many bits are one client: a network that a provider gives to one line.
-IPV6_PREFIX = 64
 
 # What those are told to wait who may try again: what they have open must end first.
 RETRY_AFTER = 5
@@ -56,18 +53,8 @@ TABLE: dict[str, Refused] = {
 }
 
 
-@functools.lru_cache(CLIENTS_KNOWN)
-def client_of(address: str) -> str:
-    """Whom an address is counted for: itself, or its /64; IPv4 inside of IPv6 is IPv4."""
-    try:
-        found = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if isinstance(found, ipaddress.IPv4Address):
-        return str(found)
-    if found.ipv4_mapped is not None:
-        return str(found.ipv4_mapped)
-    return str(ipaddress.ip_network((found, IPV6_PREFIX), strict=False))
+# Asked for each connection.
+client_of = functools.lru_cache(CLIENTS_KNOWN)(client_network)
 
 
 class Refusals:

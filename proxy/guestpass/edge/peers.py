@@ -448,4 +448,4 @@ def status_of(held: Sequence[Held]) -> dict[str, Any]:
     }
 
 
-__all__ = ["Held", "Holder", "Neighbours", "PeerLink", "StreamRefused", "status_of"]
+__all__ = ["Held", "Holder", "Neighbours", "PeerLink", "status_of"]

@@ -139,9 +139,6 @@ WATCH_SETTLE_SECONDS = 1.0
 # What may be kept of a step on the server (plugin API: "JSON, ≤ 4 KiB").
 MAX_STATE = 4096
 
-
-# ── one enabled plugin ──────────────────────────────────────────────────────────────────────────────────────
-
 # ── a set that replaces another ─────────────────────────────────────────────────────────────────────────────
 # Hooks of the old plugins that still run may finish; those of a sign-in take longest but for a delivery, which the
 # courier tries again.
@@ -165,6 +162,9 @@ class PluginHealth:
     failures: int  # in a row
     error_id: str | None = None  # of the last failure
     retry_at: float | None = None  # seconds since the epoch
+
+
+# ── one enabled plugin ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class _Slot(Generic[P]):
@@ -674,6 +674,9 @@ class PluginSet:
             try:
                 async with asyncio.timeout(START_DEADLINE):
                     await _contained(slot.plugin.start(_checked_host(host)))
+            except asyncio.CancelledError:
+                await self.stop()
+                raise
             except Exception as exc:
                 await self.stop()
                 if isinstance(exc, GuestpassError):
@@ -750,11 +753,13 @@ class PluginSet:
             setattr(self, part, getattr(fresh, part))
         self.notifiers[:] = fresh.notifiers
         self.removed = (self.removed | names) - fresh_names
-        swapped()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(REPLACED_SECONDS):
-                await asyncio.gather(*(slot.idle() for _, slot in old._all()))
-        await old.stop()
+        try:
+            swapped()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REPLACED_SECONDS):
+                    await asyncio.gather(*(slot.idle() for _, slot in old._all()))
+        finally:  # nobody else knows them any more: also when the edge stops meanwhile
+            await old.stop()
 
     def _owner_of(self, frame: FrameType) -> object | None:
         found = [slot for _, slot in self._all() if slot.owns(frame)]

@@ -82,9 +82,6 @@ TAIL = 64 * 1024
 TAIL_FIRST = 0.001
 TAIL_POLL = 0.05
 
-# What browsers wait before they try again when no gateway is there.
-RETRY_AFTER = 5
-
 NOT_SHARED = "This is not part of what was shared."
 
 # Stream errors before a response began, and what the visitor is told.
@@ -286,9 +283,7 @@ class Relay:
             upgraded = response.status == 101
             self._count(grant.service, response.status, None if upgraded else time.perf_counter() - start)
             return response
-        return self._problem(
-            request, 503, f"share {share_id}: revoked again and again", retry_after=RETRY_AFTER
-        )
+        return self._problem(request, 503, f"share {share_id}: revoked again and again")
 
     def _count(self, service: str, status: int, seconds: float | None) -> None:
         self._metrics.requests.labels(service, f"{status // 100}xx", "aiohttp").inc()
@@ -323,7 +318,7 @@ class Relay:
             except NotFound:
                 return self._pages.error(421, request=request)
             except NoGateway as exc:
-                return self._problem(request, 503, f"share {share_id}: {exc}", retry_after=RETRY_AFTER)
+                return self._problem(request, 503, f"share {share_id}: {exc}")
             except PluginFailed as exc:
                 return self._pages.error(503, request=request, error_id=exc.error_id)
             except Forbidden as exc:
@@ -357,8 +352,6 @@ class Relay:
         words = static.elsewhere(request[CLIENT].address)
         if words is None:
             words = static.outside(request.method, request.raw_path)
-            if words is not None:
-                words = words or NOT_SHARED
         if words is not None:
             return self._forbidden(request, words or NOT_SHARED)
         wait = static.take(time.monotonic())
@@ -493,13 +486,11 @@ class Relay:
                     request, live, upgrade=upgrade, has_body=not bodiless and not upgrade
                 )
             except NoGateway as exc:
-                return self._problem(request, 503, f"{grant.site}: {exc}", retry_after=RETRY_AFTER)
+                return self._problem(request, 503, f"{grant.site}: {exc}")
             except StreamRefused as exc:
                 tried.add(gateway)
                 if attempt == MAX_ATTEMPTS or exc.code is ErrorCode.OVERLOADED:
-                    return self._problem(
-                        request, 503, f"{grant.site}/{gateway}: {exc.reason}", retry_after=RETRY_AFTER
-                    )
+                    return self._problem(request, 503, f"{grant.site}/{gateway}: {exc.reason}")
             except StreamReset as exc:
                 stream = live.stream
                 assert stream is not None
@@ -558,12 +549,10 @@ class Relay:
             retry_after=limits.RETRY_AFTER if told.retry else None,
         )
 
-    def _problem(
-        self, request: web.Request, status: int, what: str, *, retry_after: int | None = None
-    ) -> web.StreamResponse:
+    def _problem(self, request: web.Request, status: int, what: str) -> web.StreamResponse:
         error_id = secrets.token_hex(4)
         log.warning("error %s: %d: %s", error_id, status, what)
-        return self._pages.error(status, error_id=error_id, request=request, retry_after=retry_after)
+        return self._pages.error(status, error_id=error_id, request=request)
 
     # ── the exchange ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -596,8 +585,7 @@ class Relay:
         finally:
             if pump is not None:
                 pump.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await pump
+                await asyncio.wait((pump,))  # which a cancellation of ours still ends
 
     async def _response_head(
         self, request: web.Request, stream: TunnelStream, patience: _Patience, *, upgrade: bool

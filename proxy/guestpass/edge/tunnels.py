@@ -19,11 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from guestpass.edge.peers import Held, Neighbours, status_of
 from guestpass.errors import NoGateway
@@ -144,11 +140,9 @@ class Tunnels:
         guard: Callable[[], None] | None = None,
     ) -> None:
         """`find_key(site, name, key)`: whether that key is enrolled under that name. `certificate_hash(transport)`:
-        what the gateway must have seen at the other end (see `own_certificate_hash`), b"" without TLS, None to switch
+        what the gateway must have seen at the other end (`handshake.certificate_hash`), b"" without TLS, None to switch
         the binding off. `touched(site, name)` is called when a gateway connects, and every minute while it is.
         `guard` is called before what a tunnel brings is looked at."""
-        self.on_gone: set[Callable[[str, str], None]] = set()
-        """Called with (site, name) when the last tunnel of a gateway went."""
         self.on_change: set[Callable[[], None]] = set()
         """Called when a tunnel came or went, and when what a gateway reaches has changed."""
         self._edge_name = edge_name
@@ -362,8 +356,6 @@ class Tunnels:
         )
         self._emit("gateway.disconnected", registered.site, registered.name, reason=end.code.name.lower())
         self._touched(registered.site, registered.name)
-        for callback in tuple(self.on_gone):
-            callback(registered.site, registered.name)
 
     def _changed(self) -> None:
         for callback in tuple(self.on_change):
@@ -617,10 +609,3 @@ class _Ignored(asyncio.Protocol):
 def _address(transport: asyncio.BaseTransport) -> str:
     name = transport.get_extra_info("peername")
     return str(name[0]) if isinstance(name, tuple) and name else "-"
-
-
-def own_certificate_hash(certificate: Path) -> bytes:
-    """`tls-server-end-point` hash of the first certificate in a PEM file. Raises OSError, ValueError."""
-    return handshake.certificate_hash(
-        x509.load_pem_x509_certificate(certificate.read_bytes()).public_bytes(Encoding.DER)
-    )

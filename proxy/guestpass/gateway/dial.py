@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import errno
-import ipaddress
 import os
 import socket
 import ssl
@@ -28,7 +27,7 @@ from aiohappyeyeballs import AddrInfoType
 
 from guestpass import loop as loops
 from guestpass.errors import ConfigError, EdgeUnreachable
-from guestpass.hosts import is_loopback
+from guestpass.hosts import is_address, is_loopback
 from guestpass.mux.handshake import SOFTWARE
 
 ProtocolT = TypeVar("ProtocolT", bound=asyncio.BaseProtocol)
@@ -212,7 +211,7 @@ async def connect_tcp(host: str, port: int, *, seconds: float | None = None) -> 
     if host == "localhost" or host.endswith(".localhost"):
         # RFC 6761 section 6.3: always loopback; resolvers do not know the names below.
         infos = [_info("::1", port), _info("127.0.0.1", port)]
-    elif _is_address(host):
+    elif is_address(host) and "%" not in host:  # the scope of a link-local address is the resolver's business
         infos = [_info(host, port)]  # no need to trouble the resolver's threads
     else:
         try:
@@ -226,14 +225,6 @@ async def connect_tcp(host: str, port: int, *, seconds: float | None = None) -> 
             interleave=1,
             loop=loop,
         )
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return "%" not in host  # the scope of a link-local address is the resolver's business
 
 
 def _info(address: str, port: int) -> AddrInfoType:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +74,6 @@ class TunnelStream:
         "_stream",
         "_task",
         "_write_waiter",
-        "on_reset",
         "trailers",
     )
 
@@ -104,8 +102,6 @@ class TunnelStream:
         self._close_waiter: asyncio.Future[None] | None = None
         self._task: asyncio.Task[Any] | None = None
         self.trailers: bytes | None = None
-        self.on_reset: Callable[[int], None] | None = None
-        """Called when the peer resets the stream or the tunnel is lost, from within the tunnel's reading."""
 
     def __repr__(self) -> str:
         stream = self._stream
@@ -350,8 +346,6 @@ class TunnelStream:
         self._reset_code = code
         self._reset_by_peer = True
         self._drop()
-        if self.on_reset is not None:
-            self.on_reset(code)
         if self._task is not None:
             self._task.cancel()
         else:
@@ -362,7 +356,6 @@ class TunnelStream:
 
     def stream_closed(self, stream: Stream) -> None:
         self._closed = True
-        self.on_reset = None
         self._wake_reader()
         self._wake_writer()
         if self._close_waiter is not None and not self._close_waiter.done():

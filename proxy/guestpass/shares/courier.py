@@ -105,6 +105,9 @@ class Courier:
             except GuestpassError as exc:
                 log.error("mail waits: %s", exc)
                 pause = STORE_PAUSE_SECONDS
+            except Exception:  # a loop that ended would deliver nothing any more
+                log.exception("mail waits")
+                pause = STORE_PAUSE_SECONDS
             try:
                 async with asyncio.timeout(pause):
                     await self._wake.wait()

@@ -4,10 +4,10 @@ Each method that changes something is one transaction: when it returns the chang
 was changed. Events are emitted after that, and never hold a link, token, path or query.
 
 Revocation has an order that nothing may break: commit, then publish on the bus, then have the store's journal remember
-it, then answer. Commit first, so that
-whoever rebuilds a grant after the publication reads a store that already refuses; publish always, also when the share
-was deleted before, so that repeating a deletion that failed half-way completes it. A caller who goes away in between
-(a closed connection cancels the API's handler) does not stop it: see `_unstoppable`.
+it, then answer. Commit first, so that whoever rebuilds a grant after the publication reads a store that already
+refuses; publish always, also when the share was deleted before, so that repeating a deletion that failed half-way
+completes it. A caller who goes away in between (a closed connection cancels the API's handler) does not stop it: see
+`_unstoppable`.
 """
 
 from __future__ import annotations
@@ -278,6 +278,15 @@ class ShareService:
         if both := set(added) & set(removed):
             raise Invalid(f"{min(both)} is both to be added and to be removed")
         now, seen = self._now(), dict(self._sessions_seen)
+        wanted = {
+            "name": name,
+            "message": message,
+            "path": path,
+            "scope": scope,
+            "expires": expires,
+            "max_sessions": max_sessions,
+            "sign_in": sign_in,
+        }
 
         def work(
             db: Connection,
@@ -285,22 +294,7 @@ class ShareService:
             before = _found(shares.get(db, share_id), share_id)
             if before.deleted is not None:
                 raise _ended(before)
-            changed = before
-            if not isinstance(name, Unset):
-                changed = replace(changed, name=rules.name(name))
-            if not isinstance(message, Unset):
-                changed = replace(changed, message=rules.message(message))
-            if not isinstance(expires, Unset):
-                changed = replace(changed, expires=rules.expiry(expires, now))
-            if not isinstance(max_sessions, Unset):
-                changed = replace(changed, max_sessions=rules.max_sessions(max_sessions))
-            if not isinstance(sign_in, Unset):
-                changed = replace(changed, sign_in=rules.sign_in(sign_in, self._ways()))
-            if not isinstance(scope, Unset):
-                changed = replace(changed, scope=rules.rules(scope))
-            if not isinstance(path, Unset) or not isinstance(scope, Unset):
-                wanted = before.path if isinstance(path, Unset) else path
-                changed = replace(changed, path=rules.landing(wanted, changed.scope))
+            changed = self._changed(before, wanted, now)
             gone = [self._recipient(changed, email) for email in removed]
             ended = sum(self._remove(db, recipient, now, seen) for recipient in gone)
             new = [email for email in added if changed.recipient(email) is None]
@@ -331,8 +325,7 @@ class ShareService:
                 self._renew(after, live)
             revoked = await self._publish(revocations, ended, limits_of(after))
             actor = before.owner if by is None else by
-            fields = ("name", "message", "path", "scope", "expires", "max_sessions", "sign_in")
-            if different := [f for f in fields if getattr(before, f) != getattr(after, f)]:
+            if different := [f for f in wanted if getattr(before, f) != getattr(after, f)]:
                 self._tell("share.updated", actor, after, changed=" ".join(different))
             for recipient in gone:
                 self._tell("recipient.removed", actor, after, email=recipient.email)
@@ -863,6 +856,22 @@ class ShareService:
             sign_in=rules.sign_in(new.sign_in, self._ways()),
             recipients=tuple(_recipient(share_id, email, new.invite) for email in to),
         )
+
+    def _changed(self, share: Share, wanted: Mapping[str, Any], now: float) -> Share:
+        """The share with what is wanted of its fields, as far as that is not UNSET. Raises Invalid."""
+        accept: Mapping[str, Callable[[Any], Any]] = {
+            "name": rules.name,
+            "message": rules.message,
+            "expires": lambda at: rules.expiry(at, now),
+            "max_sessions": rules.max_sessions,
+            "sign_in": lambda names: rules.sign_in(names, self._ways()),
+            "scope": rules.rules,
+        }
+        given = {field: value for field, value in wanted.items() if not isinstance(value, Unset)}
+        changed = replace(share, **{f: rule(given[f]) for f, rule in accept.items() if f in given})
+        if "path" in given or "scope" in given:
+            changed = replace(changed, path=rules.landing(given.get("path", share.path), changed.scope))
+        return changed
 
     async def _new_link(self, share_id: str, email: str, *, invite: bool) -> str:
         address, now = canonical(email), self._now()

@@ -6,7 +6,6 @@ that are not JSON. Redirects are not followed: a token endpoint that sends the c
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import ssl
 from typing import Any
@@ -14,6 +13,8 @@ from urllib.parse import urlsplit
 
 import aiohttp
 from yarl import URL
+
+from guestpass_plugins.networks import is_loopback
 
 # A discovery document or a key set is some kilobytes; the largest seen in the wild are below 40 KiB.
 MAX_DOCUMENT = 256 << 10
@@ -60,15 +61,6 @@ def parse(data: bytes, what: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ProviderFault(f"{what} is not a JSON object")
     return found
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def secure_url(value: object, what: str, *, plain: bool) -> str:

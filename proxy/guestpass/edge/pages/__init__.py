@@ -30,7 +30,7 @@ ASSETS = "/.guestpass/assets"
 # The name changes with the content, so a copy is good for ever (RFC 8246).
 ASSET_CACHE = "public, max-age=31536000, immutable"
 
-# How long a page that retries by itself waits when nobody says.
+# What clients are told to wait after a 503 when nobody says, and how long a page that retries by itself waits.
 RETRY_AFTER = 5
 
 # status → title, what happened, what to do next
