@@ -188,7 +188,7 @@ cdef class Stream:
     cdef int _hand_on(self, const unsigned char *data, Py_ssize_t size, bint fin) except -1
     cdef int _consumed(self, uint64_t size) except -1
     cdef void _shrink_promise(self, uint64_t size) noexcept
-    cdef bint _promise_more(self, uint64_t size) noexcept
+    cdef bint _promise_more(self, uint64_t size, bint proven) noexcept
     cdef int allow(self, Budget allowance) except -1
     cdef int _accept_send(self) except -1
 

@@ -93,7 +93,7 @@ cdef enum:
     # more promise, and 16,384 idle streams promise the default budget exactly.
     C_FLOOR = 32768
     # The window with which a body begins whose size is known. The usual one is small enough to need no more CREDIT;
-    # the others double from here. 60 downloads that nobody reads hold 30 MiB.
+    # the others double from here.
     C_START_WINDOW = 524288
     # 100 ms at 1.3 Gbit/s. quic-go's 6 MiB for a stream cap it at half a Gbit/s there.
     C_MAX_WINDOW = 16777216
@@ -633,8 +633,7 @@ cdef class Stream:
             return 0
         floor = self.session.floor
         window = min(min(size, <uint64_t> C_START_WINDOW) + floor - 1, self.session.max_window) // floor * floor
-        if window > self.window_ and (<Budget> self.budget).take_start(window - self.window_):
-            self.promised += window - self.window_
+        if window > self.window_ and self._promise_more(window - self.window_, False):
             self.window_ = window
             if not self.pending:
                 self.credit_due = NEVER
@@ -762,10 +761,12 @@ cdef class Stream:
             self.allowed = size
 
     @final
-    cdef bint _promise_more(self, uint64_t size) noexcept:
+    cdef bint _promise_more(self, uint64_t size, bint proven) noexcept:
+        """`proven`: the stream was held up by its window."""
+        cdef Budget budget = <Budget> self.budget
         if self.allowance != NULL and not (<Budget> self.allowance).take_floor(size):
             return False
-        if not (<Budget> self.budget).take_growth(size):
+        if not (budget.take_growth(size) if proven else budget.take_start(size)):
             if self.allowance != NULL:
                 (<Budget> self.allowance).give_back(size)
             return False
@@ -1798,7 +1799,7 @@ cdef class Session:
         cdef double took = self.now - stream.epoch_started
         if self.rtt_least > 0 and took * <double> stream.window_ < 4.0 * used * self.rtt_least:
             more = min(2 * stream.window_, self.max_window) - stream.window_
-            if more and stream.moves_on(<uint64_t> used) and stream._promise_more(more):
+            if more and stream.moves_on(<uint64_t> used) and stream._promise_more(more, True):
                 stream.window_ += more
         stream.epoch_offset = stream.consumed_
         stream.epoch_started = self.now
