@@ -231,6 +231,7 @@ async def test_the_last_counters_of_a_worker_count(supervisor: Played) -> None:
     await asked.wait()
     other.tell("last", families(2))
     await counted
+    assert 'guestpass_refused_total{status="400"} 2.0' in generate_latest(module._All(supervisor)).decode()
     process: Any = worker.process
     process.on_end = lambda: asyncio.get_running_loop().call_later(0.05, other.close)
     other.tell("last", families(3))
