@@ -145,10 +145,12 @@ async def test_a_reload_reaches_a_worker_that_starts(tmp_path: Path) -> None:
             changed = config.read_text().replace(FILTER, FILTER + "closed = true\n")
             config.write_text(changed + '[[notify]]\nuse = "outbox"\nfolder = "elsewhere"\n')
             edge.program.process.send_signal(signal.SIGHUP)
-        await off(wait_for_log, edge, "reload: the plugins were replaced", 3)
+        await off(wait_for_log, edge, f"(process {starting}) serves")
         visit = await off(edge.visit, starting)
-        assert (await off(visit.ask))[0] == 403
-        assert "reload: a restart is needed for changes of: notify" in log_of(edge)  # the supervisor's
+        await off(wait_until, "it has read the change", lambda: visit.ask()[0] == 403, seconds=30)
+        await off(
+            wait_for_log, edge, "reload: a restart is needed for changes of: notify"
+        )  # the supervisor's
 
 
 async def test_sigterm_during_a_rolling_restart(tmp_path: Path) -> None:
