@@ -187,6 +187,24 @@ async def test_one_place_has_one_worker(supervisor: Played) -> None:
     assert list(supervisor._workers) == [3]
 
 
+async def test_a_worker_has_the_time_to_drain_that_its_own_configuration_gives_it(
+    supervisor: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been read anew since the supervisor was started."""
+    monkeypatch.setattr(module, "STOP_SECONDS", 0.0)
+    longer, quick = await supervisor._spawn(0), await supervisor._spawn(1)
+    supervisor.config = supervisor.config.model_copy(
+        update={"edge": supervisor.config.edge.model_copy(update={"drain_seconds": 0.0})}
+    )
+    supervisor._worker_admits(longer, 600.0)
+    supervisor._worker_admits(quick, 0.01)
+    retiring = asyncio.ensure_future(supervisor._retire(longer, "replaced"))
+    await supervisor._retire(quick, "replaced")
+    assert (quick.cause, longer.cause) == ("overdue", "replaced")
+    longer.process.end(0)  # type: ignore[attr-defined]
+    await retiring
+
+
 async def test_one_that_fails_on_a_revocation_is_killed(supervisor: Played) -> None:
     def fails(revocation: Revocation) -> None:
         raise KeyError("a fault of ours")
@@ -231,6 +249,7 @@ async def test_the_last_counters_of_a_worker_count(supervisor: Played) -> None:
     await asked.wait()
     other.tell("last", families(2))
     await counted
+    assert 'guestpass_refused_total{status="400"} 2.0' in generate_latest(module._All(supervisor)).decode()
     process: Any = worker.process
     process.on_end = lambda: asyncio.get_running_loop().call_later(0.05, other.close)
     other.tell("last", families(3))

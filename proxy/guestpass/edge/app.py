@@ -345,7 +345,7 @@ class Edge:
         admin_url = await self._admin_app() if seat is None else ""
         sockets = iter(seat.sockets if seat is not None else repeat(None))
         if seat is not None:
-            seat.admits()
+            seat.admits(edge.drain_seconds)
         for url in edge.listen:
             listener = Listener(url, self.certificates, next(sockets))
             await listener.start(self.house.front, self.house.admit)

@@ -131,6 +131,8 @@ class Worker:
     families: list[Family] = field(default_factory=list)
     counted: bool = False
     """`families` are its last."""
+    drain_seconds: float = 0.0
+    """By its own configuration, which may be newer than ours."""
     admits: bool = False
     """It accepts visitors, or is about to."""
     ways: list[str] = field(default_factory=list)
@@ -419,7 +421,7 @@ class Supervisor:
         if worker.cause == "exit":
             worker.cause = "replaced"
         worker.channel.tell("leave", how)
-        patience = STOP_SECONDS + (0.0 if how == "stop" else self.config.edge.drain_seconds)
+        patience = STOP_SECONDS + (0.0 if how == "stop" else worker.drain_seconds)
         try:
             async with asyncio.timeout(patience):
                 await worker.process.wait()
@@ -658,8 +660,8 @@ class Supervisor:
             "ways": partial(setattr, worker, "ways"),
         }
 
-    def _worker_admits(self, worker: Worker) -> None:
-        worker.admits = True
+    def _worker_admits(self, worker: Worker, drain_seconds: float) -> None:
+        worker.admits, worker.drain_seconds = True, drain_seconds
 
     def _worker_ready(self, worker: Worker) -> None:
         if not worker.ready.done():

@@ -228,9 +228,9 @@ class Seat:
         parts.lane.lapsed = self.lapse
         parts.tunnels.on_change.add(self._tunnels_changed)
 
-    def admits(self) -> None:
-        """Visitors are accepted from now on: revocations wait for this worker."""
-        self.channel.tell("admits")
+    def admits(self, drain_seconds: float) -> None:
+        """Visitors are accepted from now on: revocations wait for this worker, and its end so long for visitors."""
+        self.channel.tell("admits", drain_seconds)
 
     async def serve(self) -> None:
         """Until the supervisor sends this worker away, or is gone."""
