@@ -9,16 +9,17 @@ strict scanner (http1.pyx) before anything else sees it. A request then takes on
 
       socket ─▶ buffer_updated ─▶ _feed ─▶ _head ─┬─▶ tunnel()   the first request only; the socket is theirs then
                                                   ├─▶ _fast      OPEN on a tunnel; answers come back to FastStream
+                                                  │              (a cookie not known here: admission is asked first)
                                                   └─▶ begin()    aiohttp, through a shim transport (front.py)
 
 **One request at a time.** While one is under way, what came behind its body is held (`held`), and reading pauses
 beyond HELD_MAX: so answers leave in order whatever lanes they took. The next request waits until what was written has
 drained below the transport's low-water mark, or whoever asks without reading would fill the memory.
 
-**Phases.** HEAD: a request head is awaited. ADMISSION: one is there, with a cookie that is not known here; admission
-was asked, and when it has answered the head is scanned again and takes its way. FAST, SLOW: under way. OPAQUE,
-SLOW_OPAQUE: after 101. LINGER: answered before the request had ended; what still comes is thrown away for a moment, so
-that the answer is not destroyed by a reset. GONE: nothing is read or written any more.
+**Phases.** HEAD: a request head is awaited. ADMISSION: one has come with a cookie that is not known here; admission is
+asked, and when it has answered the head is scanned again and takes its way. FAST, SLOW: under way. OPAQUE, SLOW_OPAQUE:
+after 101. LINGER: answered before the request had ended; what still comes is thrown away for a moment, so that the
+answer is not destroyed by a reset. GONE: nothing is read or written any more.
 
 **No Python object per header or frame.** Heads are rewritten from one C buffer into another. Two byte strings remain:
 the OPEN payload, which the session queues, and what the transport is given. A head waits in HEAD_OUT for the body bytes

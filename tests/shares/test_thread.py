@@ -74,3 +74,5 @@ async def test_it_ends_after_what_was_given() -> None:
     assert await last == 2
     await asyncio.to_thread(worker.join, 10)
     assert not worker.is_alive()
+    with pytest.raises(RuntimeError, match="has ended"):
+        await thread.run(lambda: 3)

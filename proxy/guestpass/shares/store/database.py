@@ -119,7 +119,7 @@ class Store:
 
         Raises StoreError: then what was revoked is, but a backup from before could bring it back unnoticed.
         """
-        await self._thread.run(partial(self._remember, tuple(revocations), at, limits))
+        await self._in_thread(partial(self._remember, tuple(revocations), at, limits))
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """Run `work`, which only reads, on one consistent state. Raises StoreError."""

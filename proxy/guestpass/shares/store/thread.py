@@ -42,9 +42,13 @@ class StoreThread:
     def __init__(self) -> None:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._closed = False
 
     async def run(self, call: Callable[[], T]) -> T:
-        """What `call` returns or raises. It is not called when the caller was cancelled before its turn came."""
+        """What `call` returns or raises. It is not called when the caller was cancelled before its turn came. Raises
+        RuntimeError after `close`."""
+        if self._closed:
+            raise RuntimeError("the store's thread has ended")
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="guestpass-store", daemon=True)
             self._thread.start()
@@ -54,7 +58,8 @@ class StoreThread:
         return result
 
     def close(self) -> None:
-        """The thread ends after what was given; nothing may be given any more."""
+        """The thread ends after what was given."""
+        self._closed = True
         self._jobs.put(None)
 
     def _work(self) -> None:
