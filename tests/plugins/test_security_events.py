@@ -432,7 +432,9 @@ async def test_hostile_tokens(transmitter: Transmitter) -> None:
         assert response.status == 404  # shares' origins have no hooks
 
 
-@pytest.mark.parametrize("url", ["http://idp.example.com/jwks", "ftp://x", "idp.example.com"])
+@pytest.mark.parametrize(
+    "url", ["http://idp.example.com/jwks", "ftp://x", "idp.example.com", "http://localhost:1@x.example/"]
+)
 def test_keys_come_over_tls(url: str) -> None:
     with pytest.raises(ValueError, match="https://"):
         plugin(SecurityEvents, "x", issuer="i", audience="a", jwks_url=url)

@@ -33,7 +33,7 @@ from typing import Any
 
 import jwt
 import orjson
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr
 
 from guestpass.plugin import (
     Host,
@@ -48,6 +48,7 @@ from guestpass.plugin import (
     Share,
     canonical_address,
 )
+from guestpass_plugins.webhook import Url
 
 __all__ = ["SecurityEvents"]
 
@@ -106,17 +107,9 @@ class SecurityEvents(Revoker):
     class Config(PluginConfig):
         issuer: str = Field(min_length=1)
         audience: str = Field(min_length=1)
-        jwks_url: str
+        jwks_url: Url
         provider: str | None = None
         token: Secret | None = None
-
-        @field_validator("jwks_url")
-        @classmethod
-        def _is_safe(cls, value: str) -> str:
-            loopback = ("http://127.0.0.1:", "http://localhost:", "http://[::1]:")
-            if not value.startswith(("https://", *loopback)):
-                raise ValueError("must be https:// (http:// only on this machine)")
-            return value
 
     async def start(self, host: Host) -> None:
         await super().start(host)
