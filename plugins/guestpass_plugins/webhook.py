@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from random import SystemRandom
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
@@ -39,7 +40,7 @@ TOLERANCE = 300.0
 # An answer says yes, no, or why not.
 MAX_RESPONSE = 64 * 1024
 
-LOOPBACK = ("http://127.0.0.1:", "http://localhost:", "http://[::1]:")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 # Pauses before a message is sent again: 1, 4, 16, 64, 256 seconds and so on, each shortened by chance to between a half
 # and the whole, so that the messages of an outage do not come back all at once.
@@ -49,7 +50,9 @@ _random = SystemRandom()
 
 
 def _url(value: str) -> str:
-    if not value.startswith(("https://", *LOOPBACK)):
+    parts = urlsplit(value)
+    host = parts.hostname  # which is not what stands before an "@"
+    if not host or not (parts.scheme == "https" or (parts.scheme == "http" and host in LOOPBACK)):
         raise ValueError("must be https:// (http:// only on this machine)")
     return value
 

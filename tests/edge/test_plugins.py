@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,6 @@ def fault(config: EdgeConfig) -> GuestpassError:
 @pytest.fixture(autouse=True)
 def _share_state_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the tests run on a source tree nothing is installed: give the set what the wheel's entry points say."""
-    from importlib.metadata import EntryPoint
-
     real = loader.entry_points
 
     def points(*, group: str) -> Any:
@@ -261,6 +260,21 @@ def test_what_is_installed_is_listed_without_importing_it(
     with pytest.raises(PluginError) as caught:
         load_class(KINDS["filter"], "weekday", tmp_path)
     assert 'Did you mean "weekdays"?' in caught.value.hint
+
+
+def test_two_packages_that_bring_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of them the configuration means is not for the order of their installation to say; nothing is imported."""
+    group = KINDS["authenticate"].group
+    ours = [p for p in entry_points(group=group) if p.name == "email-code"]
+    other = EntryPoint("email-code", "no_such_package:EmailCode", group)
+    monkeypatch.setattr(loader, "entry_points", lambda group: [*ours, other])
+    with pytest.raises(PluginError, match=r"several.*guestpass_plugins.*no_such_package") as caught:
+        load_class(KINDS["authenticate"], "email-code", tmp_path)
+    assert "package.module:Class" in caught.value.hint
+    monkeypatch.setattr(
+        loader, "entry_points", lambda group: [*ours, *ours]
+    )  # found twice, as in a source tree
+    assert load_class(KINDS["authenticate"], "email-code", tmp_path).__name__ == "EmailCode"
 
 
 def test_construction_that_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from guestpass.edge import plugins as module
 from guestpass.edge.isolation import Isolated
 from guestpass.edge.plugin_loader import KINDS
 from guestpass.edge.plugins import PluginSet
-from guestpass.errors import ConfigError
+from guestpass.errors import ConfigError, PluginError
 from guestpass.model import Revocation, Revoked, SessionKind
 from guestpass.plugin import Authenticator, Client, Denied, Plugin, Redirect, SignIn, Step, Unproven
 from guestpass.shares.bus import Bus
@@ -175,6 +175,15 @@ async def test_its_private_fields_never_reach_an_application(tmp_path: Path, app
         assert answer.status == 200
         assert b"root" not in answer.body
         assert b"x-whom" in answer.body
+
+
+def test_too_many_private_fields_are_refused(tmp_path: Path) -> None:
+    source = WHO.replace('("X-Who",)', "tuple(f'X-{n}' for n in range(1000))")
+    section = PluginSection.model_validate(isolated(tmp_path, source, "Who"))
+    toml = tmp_path / "edge.toml"
+    toml.write_text("")
+    with pytest.raises(PluginError, match=f"at most {isolation.MAX_PRIVATE} names"):
+        module._built(KINDS["authenticate"], section, 1, toml)
 
 
 # ── what it can do to the edge ───────────────────────────────────────────────────────────────────────────────────

@@ -208,6 +208,28 @@ async def test_a_disabled_account_is_refused_until_it_is_enabled(transmitter: Tr
     assert await admitted(stack, fresh)
 
 
+async def test_an_older_word_does_not_undo_a_newer_one(transmitter: Transmitter) -> None:
+    """A transmitter that got no answer sends again, perhaps after it has sent what came later."""
+    stack, now = transmitter.stack, int(time.time())
+    assert stack is not None
+    browser = await sign_in(stack, stack.share_id)
+    for kind, issued, admits in (
+        ("account-enabled", now - 60, True),
+        ("account-disabled", now - 30, False),
+        ("account-enabled", now - 60, False),
+        ("account-disabled", now - 90, False),
+        ("account-enabled", now - 60, False),
+        ("account-enabled", now - 10, True),
+        ("account-disabled", now - 30, True),
+        ("account-disabled", now - 5, False),
+    ):
+        assert (await transmitter.push(token(claims(f"{RISC}{kind}", iat=issued))))[0] == 202
+        if admits and kind == "account-disabled":
+            continue  # its sessions have ended all the same
+        browser = await sign_in(stack, stack.share_id)
+        assert await admitted(stack, browser) == admits, (kind, now - issued)
+
+
 SUBJECTS: list[tuple[Any, bool]] = [
     ({"format": "email", "email": "Alice@Example.org"}, True),
     ({"format": "email", "email": "bob@example.org"}, False),
@@ -410,7 +432,9 @@ async def test_hostile_tokens(transmitter: Transmitter) -> None:
         assert response.status == 404  # shares' origins have no hooks
 
 
-@pytest.mark.parametrize("url", ["http://idp.example.com/jwks", "ftp://x", "idp.example.com"])
+@pytest.mark.parametrize(
+    "url", ["http://idp.example.com/jwks", "ftp://x", "idp.example.com", "http://localhost:1@x.example/"]
+)
 def test_keys_come_over_tls(url: str) -> None:
     with pytest.raises(ValueError, match="https://"):
         plugin(SecurityEvents, "x", issuer="i", audience="a", jwks_url=url)

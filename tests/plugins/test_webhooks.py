@@ -150,6 +150,8 @@ def test_what_the_library_signs_is_verified() -> None:
     [
         ({"url": "http://example.com/"}, "https://"),
         ({"url": "http://127.0.0.1.example.com:80/"}, "https://"),
+        ({"url": "http://127.0.0.1:80@example.com/"}, "https://"),
+        ({"url": "https://"}, "https://"),
         ({"secret": "short"}, "24 to 64 bytes"),
         ({"secret": "whsec_" + base64.b64encode(bytes(65)).decode()}, "24 to 64 bytes"),
         ({"secret": "no base64 at all, but long enough to be one"}, "24 to 64 bytes"),

@@ -15,7 +15,7 @@ A receiver of the OpenID Shared Signals Framework: the transmitter pushes Securi
 | CAEP session-revoked | all browser sessions of the address end, on all shares; signing in anew is needed |
 | CAEP credential-change (revoke, delete), RISC credential-compromise, sessions-revoked | the same |
 | RISC account-disabled, account-purged | the same, its bearer tokens end as well, and it is refused from then on |
-| RISC account-enabled | it is no longer refused |
+| RISC account-enabled | it is no longer refused, unless it was disabled after that |
 | SSF verification, stream-updated; any other | nothing; acknowledged |
 
 A subject that this edge does not know is acknowledged as well: a transmitter speaks of all of its users. What is
@@ -221,15 +221,21 @@ class SecurityEvents(Revoker):
                 for address in [a async for a in self._addresses(subject)]
             }
             for address in sorted(addresses):
-                await self._apply(effect, address)
+                await self._apply(effect, address, float(claims["iat"]))
         await self.host.storage.set(seen, self.host.now(), ttl=JTI_SECONDS)
 
-    async def _apply(self, effect: str, address: str) -> None:
+    async def _apply(self, effect: str, address: str, issued: float) -> None:
+        """Of disabling and enabling the later word counts, whichever comes last: what got no answer is sent again."""
+        storage = self.host.storage
+        disabled, enabled = [await storage.get(key) for key in (_disabled(address), _enabled(address))]
         if effect == ENABLE:
-            await self.host.storage.delete(_disabled(address))
+            if disabled is None or issued >= disabled:
+                await storage.set(_enabled(address), max(issued, enabled or 0.0), ttl=JTI_SECONDS)
+                await storage.delete(_disabled(address))
             return
-        if effect == DISABLE:  # first, or a session could begin after the others have ended
-            await self.host.storage.set(_disabled(address), self.host.now())
+        if effect == DISABLE and (enabled is None or issued >= enabled):
+            # First, or a session could begin after the others have ended.
+            await storage.set(_disabled(address), max(issued, disabled or 0.0))
         ended = await self.host.sign_out(address, REASON, tokens=effect == DISABLE)
         self.host.logger.info("a security event ended %d sessions", ended)
 
@@ -320,6 +326,10 @@ def _algorithms_of(key: jwt.PyJWK) -> tuple[str, ...]:
 
 def _disabled(email: str) -> str:
     return "disabled " + sha256(email.encode()).hexdigest()
+
+
+def _enabled(email: str) -> str:
+    return "enabled " + sha256(email.encode()).hexdigest()
 
 
 def _same(given: str | None, expected: str) -> bool:

@@ -642,6 +642,7 @@ class IsolatedAuthenticator(Isolated, Authenticator):
         self.needs_proof = bool(self._process.loaded["needs_proof"])
         private = self._process.loaded["private_headers"]
         if not isinstance(private, list) or len(private) > MAX_PRIVATE:
+            self.kill()
             raise PluginError(f"plugin {self.name!r}: private_headers are at most {MAX_PRIVATE} names")
         self.private_headers = tuple(map(str, private))
 

@@ -170,7 +170,15 @@ def check_class(kind: Kind, use: str, found: object) -> type[Plugin]:
 
 
 def _from_entry_point(kind: Kind, name: str) -> object:
-    points: dict[str, EntryPoint] = {p.name: p for p in entry_points(group=kind.group)}
+    points: dict[str, EntryPoint] = {}
+    for found in entry_points(group=kind.group):
+        first = points.setdefault(found.name, found)
+        if found.name == name and found.value != first.value:
+            # Else a package that is merely installed could take the place of what the configuration names.
+            raise PluginError(
+                f'several installed packages bring a {kind.name} "{name}": {first.value}, {found.value}',
+                hint='Remove one of them, or write use = "package.module:Class".',
+            )
     point = points.get(name)
     if point is None:
         near = difflib.get_close_matches(name, points, n=1, cutoff=0.5)
