@@ -296,7 +296,7 @@ async def test_bodies_in_chunks_and_pieces_of_any_size(app: Application, tmp_pat
                 "length": len(body),
                 "sha256": hashlib.sha256(body).hexdigest(),
             }
-        assert stack.answered(lane) == 30
+        await stack.until(lambda: stack.answered(lane) == 30, "all are counted")
         writer.close()
 
 

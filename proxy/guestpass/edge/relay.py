@@ -583,7 +583,7 @@ class Relay:
             stream.reset(ErrorCode.PROTOCOL_ERROR)
             return self._problem(request, 502, f"{live.grant.site}/{live.grant.service}: {exc}")
         finally:
-            if pump is not None:
+            if pump is not None and not pump.done():
                 pump.cancel()
                 await asyncio.wait((pump,))  # which a cancellation of ours still ends
 
