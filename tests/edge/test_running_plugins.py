@@ -16,10 +16,10 @@ from aiohttp import web
 from support.served import dripping, serving
 from support.stack import Stack, running
 
-from guestpass.config import PluginSection
+from guestpass.config import PluginSection, load_edge
 from guestpass.edge import plugins as module
 from guestpass.edge.isolation_wire import HOOKS, Frames, WireError, dump, load, pack
-from guestpass.edge.plugin_loader import KINDS, build, check_class, section_line
+from guestpass.edge.plugin_loader import KINDS, build, check_class, fingerprint, section_line
 from guestpass.edge.plugins import PluginSet
 from guestpass.edge.threads import THREADS, Exhausted, Threads
 from guestpass.edge.watchdog import Blocked, Watchdog
@@ -433,6 +433,19 @@ async def test_a_broken_new_set_keeps_the_old_one(
         await stack.edge.reload()
         assert "cannot start: ZeroDivisionError" in caplog.records[-1].getMessage()
         assert await version(stack) == "1"
+
+
+def test_a_change_of_any_file_that_plugins_come_from_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "edge.toml").write_text(
+        '[mail]\nsmtp = "smtps://guest@mail.example.org"\nfrom = "share@example.org"\n'
+        'password = { file = "password" }\n'
+        '[[filter]]\nuse = "./adds.py:Adds"\nkeys = [{ key = { file = "key" } }]\n'
+    )
+    seen = set()
+    for name in ("password", "key", "adds.py", "other"):
+        (tmp_path / name).write_text("changed")
+        seen.add(fingerprint(load_edge(tmp_path / "edge.toml")))
+    assert len(seen) == 3
 
 
 class Cycle(Revoker):

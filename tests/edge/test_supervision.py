@@ -148,9 +148,7 @@ async def test_a_reload_reaches_a_worker_that_starts(tmp_path: Path) -> None:
         await off(wait_for_log, edge, f"(process {starting}) serves")
         visit = await off(edge.visit, starting)
         await off(wait_until, "it has read the change", lambda: visit.ask()[0] == 403, seconds=30)
-        await off(
-            wait_for_log, edge, "reload: a restart is needed for changes of: notify"
-        )  # the supervisor's
+        await off(wait_for_log, edge, "reload: notifiers and observers were replaced")  # by the supervisor
 
 
 async def test_sigterm_during_a_rolling_restart(tmp_path: Path) -> None:

@@ -408,6 +408,16 @@ async def test_workers_are_replaced_without_a_lost_request(edge: Edge) -> None:
     assert edge.program.process.poll() is None
 
 
+async def test_sighup_reads_notifiers_and_observers_again(edge: Edge) -> None:
+    """They are the supervisor's: nobody else could."""
+    file, events = edge.folder / "edge.toml", edge.folder / "events.jsonl"
+    file.write_text(f'{file.read_text()}\n[[observe]]\nuse = "json-lines"\npath = "events.jsonl"\n')
+    edge.program.process.send_signal(signal.SIGHUP)
+    await off(wait_until, "the new observer has started", events.exists, seconds=20)
+    share = await off(edge.new_share)
+    await off(wait_until, "it is told of a share", lambda: share in events.read_text(), seconds=10)
+
+
 async def test_sigterm_drains_all_workers(edge: Edge) -> None:
     visits = [await off(edge.visit, pid) for pid in edge.pids]
     answers = [await off(visit.begin, "GET", "/down?pieces=400") for visit in visits]

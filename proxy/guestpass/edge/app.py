@@ -7,13 +7,11 @@ keys, certificates), the store, then the parts, then the listeners: a fault stop
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hashlib
 import logging
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -57,6 +55,7 @@ from guestpass.edge.listener import Listener
 from guestpass.edge.metrics import Metrics
 from guestpass.edge.origins import Origins
 from guestpass.edge.pages import Pages
+from guestpass.edge.plugin_loader import OF_PLUGINS, fingerprint
 from guestpass.edge.plugins import PluginSet
 from guestpass.edge.relay import Relay
 from guestpass.edge.signing_keys import JWKS_SECONDS, KeyRing
@@ -94,9 +93,6 @@ HAND_OVER_IDLE = 2.0
 
 RESERVED_PREFIX = "/.guestpass/"
 ASSETS_PREFIX = "/.guestpass/assets/"
-
-# The parts of edge.toml that plugins come from.
-OF_PLUGINS = ("authenticate", "revoke", "choose", "filter", "notify", "observe", "mail")
 
 # Kinds of plugins that a worker has; the others are the supervisor's.
 DECIDING = frozenset(("authenticate", "revoke", "choose", "filter"))
@@ -207,9 +203,9 @@ class Edge:
         api_key, api_key_file = api_key_of(config, state)
         self.plugins = self._load_plugins(config)
         self._cleanups.append(self.plugins.stop)  # of those that were loaded and never started as well
-        # A worker among several has the plugins that decide; the others are the supervisor's, until that is restarted.
+        # A worker among several has the plugins that decide; the others are the supervisor's.
         self._plugin_parts = tuple(part for part in OF_PLUGINS if seat is None or part in DECIDING)
-        self._seen = _fingerprint(config, self._plugin_parts)
+        self._seen = fingerprint(config, self._plugin_parts)
         self.grants: GrantTable
         return api_key, api_key_file
 
@@ -465,13 +461,11 @@ class Edge:
         # served.
         self.keys.tick(time.time())
         Certificates().load(fresh.file, tuple(certificates.sources(fresh)))
-        seen = _fingerprint(fresh, self._plugin_parts)
+        seen = fingerprint(fresh, self._plugin_parts)
         if seen != self._seen:
             await self._swap_plugins(fresh)
             self._seen = seen
-            self.config = self.config.model_copy(
-                update={name: getattr(fresh, name) for name in self._plugin_parts}
-            )
+        self.config = self.config.model_copy(update={name: getattr(fresh, name) for name in OF_PLUGINS})
         self._load_certificates(fresh)
         if self.acme is not None:
             self.acme.hurry()
@@ -757,33 +751,6 @@ class Edge:
         if self._draining:
             faults["edge"] = "draining"
         return faults
-
-
-def _fingerprint(config: EdgeConfig, parts: Iterable[str]) -> bytes:
-    """Of all that plugins are made from: their sections, the files that they come from, and those of their secrets."""
-    digest = hashlib.sha256()
-    for name in parts:
-        part = getattr(config, name)
-        digest.update(repr((name, part)).encode())
-        sections = part if isinstance(part, tuple) else ()
-        for section in sections:
-            source, _, _ = section.use.rpartition(":")
-            for path in (*([source] if source.endswith(".py") else []), *_secret_files(section.settings)):
-                with contextlib.suppress(OSError, ValueError):
-                    digest.update((config.folder / path).read_bytes())
-    return digest.digest()
-
-
-def _secret_files(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        if list(value) == ["file"] and isinstance(value["file"], str):
-            yield value["file"]
-        else:
-            for inner in value.values():
-                yield from _secret_files(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _secret_files(inner)
 
 
 def idles(connection: Connection, limits: configuration.Limits) -> bool:

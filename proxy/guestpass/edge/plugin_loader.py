@@ -8,6 +8,7 @@ listens: a ConfigError or PluginError names the file, the section, the key and t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import hashlib
 import importlib
@@ -17,7 +18,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from guestpass.config import PluginSection, first_fault
+from guestpass.config import EdgeConfig, PluginSection, first_fault
 from guestpass.errors import (
     ConfigError,
     GuestpassError,
@@ -69,6 +70,8 @@ KINDS: Mapping[str, Kind] = {
     )
 }
 
+# The parts of edge.toml that plugins come from.
+OF_PLUGINS = (*KINDS, "mail")
 
 # What has no abstract hook needs one of these all the same.
 NEEDS_ONE_OF: Mapping[str, tuple[str, ...]] = {"request-filter": ("compile", "on_request")}
@@ -319,3 +322,40 @@ def build(
         raise PluginError(f"{where}: it cannot be constructed: {in_one_line(exc)}") from exc
     except BaseException as exc:
         raise PluginError(f"{where}: it raised {type(exc).__name__} when it was constructed") from exc
+
+
+# ── reloading ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fingerprint(config: EdgeConfig, parts: Iterable[str] = OF_PLUGINS) -> bytes:
+    """Of all that plugins are made from: their sections, the files that they come from, and those of their secrets."""
+    digest = hashlib.sha256()
+    for name in parts:
+        digest.update(repr((name, getattr(config, name))).encode())
+    for path in _files(config, parts):
+        with contextlib.suppress(OSError, ValueError):  # whoever needs it says what is wrong with it
+            digest.update((config.folder / path).read_bytes())
+    return digest.digest()
+
+
+def _files(config: EdgeConfig, parts: Iterable[str]) -> Iterator[str | Path]:
+    for section in (section for kind in KINDS if kind in parts for section in getattr(config, kind)):
+        source, _, _ = section.use.rpartition(":")
+        if source.endswith(".py"):
+            yield source
+        yield from _secret_files(section.settings)
+    password = config.mail.password if config.mail is not None and "mail" in parts else None
+    if password is not None and password.file is not None:
+        yield password.file
+
+
+def _secret_files(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        if list(value) == ["file"] and isinstance(value["file"], str):
+            yield value["file"]
+        else:
+            for inner in value.values():
+                yield from _secret_files(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _secret_files(inner)

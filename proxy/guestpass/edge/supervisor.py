@@ -45,7 +45,7 @@ from prometheus_client import Counter, Gauge, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from guestpass.config import EdgeConfig, LogLevel
+from guestpass.config import EdgeConfig, LogLevel, load_edge
 from guestpass.daemon import Signals, reloading
 from guestpass.edge.admin import Admin
 from guestpass.edge.channel import Channel, ChannelClosed
@@ -64,6 +64,7 @@ from guestpass.edge.metrics import Family, Metrics, Together
 from guestpass.edge.origins import Origins
 from guestpass.edge.pages import Pages
 from guestpass.edge.peers import Held
+from guestpass.edge.plugin_loader import fingerprint
 from guestpass.edge.plugins import PluginSet
 from guestpass.edge.signing_keys import KeyRing
 from guestpass.edge.worker import (
@@ -191,6 +192,7 @@ class Supervisor:
         self._rolling = False
         self._roll_again = False
         self._stopping = False
+        self._reload_lock = asyncio.Lock()
 
     # ── start ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -216,8 +218,8 @@ class Supervisor:
             ("cause",),
             registry=self.metrics.registry,
         )
-        plugins = PluginSet.load(with_notifiers(config), observe_hook=self.metrics.observe_hook, only=TELLING)
-        self._plugins = plugins
+        self._plugins = plugins = self._load_plugins(config)
+        self._seen = fingerprint(config)
         # Workers read these files; they are made here, once.
         KeyRing(state, days=edge.assertion_key_days).open(time.time())
         _, api_key_file = api_key_of(config, state)
@@ -506,14 +508,35 @@ class Supervisor:
             await self._retire(old, "replaced")
 
     def reload(self) -> None:
-        """SIGHUP: every worker reloads."""
+        """SIGHUP: every worker reloads, and this process its own plugins."""
         self._task(self._reload(), "reload")
 
     async def _reload(self) -> None:
         with reloading():
             await asyncio.gather(
-                *(worker.channel.call("reload") for worker in self._workers.values()), return_exceptions=True
+                self._load_again(),
+                *(worker.channel.call("reload") for worker in self._workers.values()),
+                return_exceptions=True,
             )
+
+    def _load_plugins(self, config: EdgeConfig) -> PluginSet:
+        """Raises PluginError, ConfigError."""
+        return PluginSet.load(with_notifiers(config), observe_hook=self.metrics.observe_hook, only=TELLING)
+
+    async def _load_again(self) -> None:
+        """Notifiers and observers, where something about plugins has changed; with a fault those from before stay."""
+        async with self._reload_lock:
+            try:
+                fresh = load_edge(self.config.file)
+                seen = fingerprint(fresh)
+                if seen != self._seen:
+                    await self._plugins.replace(await asyncio.to_thread(self._load_plugins, fresh))
+                    self._seen = seen
+                    log.info("reload: notifiers and observers were replaced")
+            except GuestpassError as exc:
+                log.error("reload: %s; notifiers and observers are those from before", exc)
+            except Exception:
+                log.exception("reload: failed")
 
     async def drain(self) -> None:
         """Have all workers let what runs finish, at most `drain_seconds`, and end."""
