@@ -7,6 +7,7 @@ What "as before" means is measured in turns, several times: the others alone, th
 against a sink (`support/flood_app.py`), the others while it goes against the edge. The attack and all that it is
 directed at share this machine's processors; the sink shows what that alone does to the others. Their p99 is compared
 with the higher one of the two, and all three are shown. The short form has no sink, and times do not decide.
+GUESTPASS_FLOODS="pings resets" runs only these.
 """
 
 from __future__ import annotations
