@@ -41,6 +41,7 @@ def routes(edge: People) -> dict[str, list[web.RouteDef]]:
         pages=edge.pages,
         api_key=API_KEY,
         origins=edge.origins,
+        ways=lambda: edge.plugins.interactive,
     )
     return {
         "main": [*edge.admission.main_routes(), *console.console_routes()],
