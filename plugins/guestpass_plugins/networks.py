@@ -1,4 +1,4 @@
-"""Networks in plugins' settings, and whether an address is in one, or this machine's own."""
+"""Networks in plugins' settings, and whether an address is in one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-__all__ = ["Network", "is_loopback", "within"]
+__all__ = ["Network", "within"]
 
 
 def _network(value: Any) -> Any:
@@ -20,16 +20,6 @@ def _network(value: Any) -> Any:
 
 
 Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether the name or address is this machine's own: nothing sent there leaves it (RFC 6761, section 6.3)."""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def within(address: str, networks: Iterable[IPv4Network | IPv6Network]) -> bool:

@@ -27,7 +27,7 @@ import aiohttp
 import orjson
 from pydantic import AfterValidator, Field, SecretStr
 
-from guestpass.plugin import Host, Incoming, PluginConfig, Secret
+from guestpass.plugin import Host, Incoming, PluginConfig, Secret, is_loopback
 
 __all__ = ["Endpoint", "NotSent", "Response", "Signer", "Url", "in_rfc3339", "new_id", "pauses", "send"]
 
@@ -40,8 +40,6 @@ TOLERANCE = 300.0
 # An answer says yes, no, or why not.
 MAX_RESPONSE = 64 * 1024
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 # Pauses before a message is sent again: 1, 4, 16, 64, 256 seconds and so on, each shortened by chance to between a half
 # and the whole, so that the messages of an outage do not come back all at once.
 FIRST_PAUSE, GROWTH, LONGEST_PAUSE = 1.0, 4.0, 600.0
@@ -52,7 +50,7 @@ _random = SystemRandom()
 def _url(value: str) -> str:
     parts = urlsplit(value)
     host = parts.hostname  # which is not what stands before an "@"
-    if not host or not (parts.scheme == "https" or (parts.scheme == "http" and host in LOOPBACK)):
+    if not host or not (parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host))):
         raise ValueError("must be https:// (http:// only on this machine)")
     return value
 

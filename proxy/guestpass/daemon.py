@@ -84,7 +84,7 @@ def _stderr_is_journal() -> bool:
     return stream == f"{status.st_dev}:{status.st_ino}"
 
 
-def settle() -> None:
+def spare_collector() -> None:
     """What there is when a process is ready stays until its end, so the garbage collector need not look at it again.
     There are 100,000 objects of modules and libraries: with them each full collection stops everything for a tenth of a
     second, and the more a process has to do, the more of these there are."""

@@ -35,7 +35,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, SecretStr, Validati
 from guestpass.addresses import canonical as canonical_address
 from guestpass.config import Secret as _SecretSource
 from guestpass.errors import ConfigError, Invalid, InvalidEmail
-from guestpass.hosts import client_network
+from guestpass.hosts import client_network, is_loopback
 from guestpass.model import Candidate, Event, Identity, Revocation, Scope, Session, SessionKind, Share
 from guestpass.scope import parse_scope
 
@@ -86,6 +86,7 @@ __all__ = [
     "Storage",
     "Unproven",
     "canonical_address",
+    "is_loopback",
     "parse_scope",
     "settled",
 ]

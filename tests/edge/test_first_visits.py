@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from aiohttp import WSMsgType, web
+from support.served import serving
 from support.stack import EMAIL, Stack, read_head, running
 
 from guestpass.model import Revocation, SessionKind
@@ -42,12 +43,8 @@ async def show(request: web.Request) -> web.StreamResponse:
 async def app_url() -> AsyncIterator[str]:
     application = web.Application(client_max_size=64 * MB)
     application.router.add_route("*", "/{tail:.*}", show)
-    runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    host, port = runner.addresses[0][:2]
-    yield f"http://{host}:{port}"
-    await runner.cleanup()
+    async with serving(application, handler_cancellation=True) as url:
+        yield url
 
 
 @pytest.fixture(params=LANES)

@@ -7,7 +7,6 @@ import contextlib
 import io
 import logging
 import socket
-from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from aiohttp import WSMsgType, web
 from support.stack import Stack, read_head, running
+from support.turns import Turns
 
 from guestpass.config import Limits
 from guestpass.edge.limits import TABLE, Refusals, client_of
@@ -314,21 +314,13 @@ async def test_who_came_together_is_ended_a_few_at_a_time(
     app: Application, tmp_path: Path, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whose time is over at the same moment, for a head or for reading. Others are served in between."""
-    loop = asyncio.get_running_loop()
-    turn = 0
-    ended: Counter[int] = Counter()
-
-    def next_turn() -> None:
-        nonlocal turn, ticker
-        turn += 1
-        ticker = loop.call_soon(next_turn)
-
+    ended = Turns()
     settings = {"head_seconds": 1, "write_progress_seconds": 1}
     async with limited(tmp_path, app, "fast", settings) as stack:
         note = stack.edge.refusals.note
 
         def noted(limit: str, who: str) -> str:
-            ended[turn] += 1
+            ended.note()
             return note(limit, who)
 
         monkeypatch.setattr(stack.edge.refusals, "note", noted)
@@ -337,10 +329,9 @@ async def test_who_came_together_is_ended_a_few_at_a_time(
             opened.append(writer)
             writer.transport.pause_reading()  # type: ignore[attr-defined]
             writer.write(stack.head("GET", "/forever") if "forever" in first else first.encode())
-        ticker = loop.call_soon(next_turn)
-        await stack.until(lambda: ended.total() == 60, "all are ended", seconds=30)
-        ticker.cancel()
-    assert max(ended.values()) <= ENDED_AT_ONCE
+        with ended:
+            await stack.until(lambda: ended.total == 60, "all are ended", seconds=30)
+    assert ended.most <= ENDED_AT_ONCE
 
 
 @pytest.mark.parametrize("lane", LANES)

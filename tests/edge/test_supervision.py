@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from support.programs import free_port, wait_until
-from support.workers import PIECE, Edge, Visit, running
+from support.workers import PIECE, Edge, Visit, off, running
 
 # A plugin that does at its import what files beside it say: hang while `hang` is there, end the process by `crash`.
 TROUBLE = """
@@ -46,11 +46,6 @@ class Trouble(RequestFilter):
             raise Denied("Closed.")
 """
 FILTER = '[[filter]]\nuse = "./trouble.py:Trouble"\n'
-
-
-async def off(work: Callable[..., Any], *args: Any, **more: Any) -> Any:
-    """The application runs in this loop: whoever waits for it does so elsewhere."""
-    return await asyncio.to_thread(work, *args, **more)
 
 
 @contextlib.asynccontextmanager
@@ -262,22 +257,12 @@ async def test_sigusr2_does_not_end_an_edge_of_one_process(tmp_path: Path) -> No
 
 
 def half_an_upload(edge: Edge, visit: Visit) -> None:
-    fields = {**edge.headers(), "Content-Length": "1000000"}
-    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    visit.sock.sendall(f"POST /up HTTP/1.1\r\n{head}\r\n".encode() + bytes(500_000))
+    visit.send_head("POST", "/up", {**edge.headers(), "Content-Length": "1000000"})
+    visit.sock.sendall(bytes(500_000))
 
 
 def a_websocket(edge: Edge, visit: Visit) -> None:
-    fields = {
-        **edge.headers(Origin=f"http://{edge.share_id}.localhost:{edge.port}"),
-        "Connection": "Upgrade",
-        "Upgrade": "websocket",
-        "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
-    }
-    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    visit.sock.sendall(f"GET /echo HTTP/1.1\r\n{head}\r\n".encode())
-    assert visit.sock.recv(4096).startswith(b"HTTP/1.1 101 ")
+    visit.upgrade()
 
 
 def streams(edge: Edge) -> int:

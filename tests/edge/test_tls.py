@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 import ssl
-from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.programs import free_port
 from support.stack import RawServer, Stack, read_head, running
+from support.turns import Turns
 
 from guestpass.config import EdgeConfig, parse
 from guestpass.edge import tls
@@ -368,17 +368,11 @@ async def test_handshakes_count_for_their_client(tmp_path: Path, first: bytes) -
 async def test_a_few_handshakes_are_answered_in_a_turn() -> None:
     """However many come at once; in between the loop looks after others."""
     loop = asyncio.get_running_loop()
-    turn = 0
-    chosen: Counter[int] = Counter()
-
-    def next_turn() -> None:
-        nonlocal turn, ticker
-        turn += 1
-        ticker = loop.call_soon(next_turn)
+    chosen = Turns()
 
     def choose(name: str | None) -> None:
         assert name == "a.example.org"
-        chosen[turn] += 1
+        chosen.note()
 
     sock = socket.create_server(("127.0.0.1", 0), backlog=100)
     sock.setblocking(False)
@@ -386,19 +380,17 @@ async def test_a_few_handshakes_are_answered_in_a_turn() -> None:
     for visitor in visitors:
         visitor.setblocking(False)
         visitor.send(hello("a.example.org"))
-    ticker = loop.call_soon(next_turn)
     server = tls.TlsServer(sock, asyncio.Protocol, choose, lambda: False)
     try:
-        async with asyncio.timeout(10):
-            for visitor in visitors:
-                assert await loop.sock_recv(visitor, 100) == tls.UNRECOGNIZED_NAME
+        with chosen:
+            async with asyncio.timeout(10):
+                for visitor in visitors:
+                    assert await loop.sock_recv(visitor, 100) == tls.UNRECOGNIZED_NAME
     finally:
-        ticker.cancel()
         server.close()
         for visitor in visitors:
             visitor.close()
-    assert chosen.total() == 60
-    assert max(chosen.values()) == tls.ANSWERED_AT_ONCE
+    assert (chosen.total, chosen.most) == (60, tls.ANSWERED_AT_ONCE)
 
 
 async def test_without_any_certificate_the_name_is_not_recognised(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import psutil
 import pytest
 from support.programs import free_port, wait_until
 from support.scoreboard import LONG, row
-from support.workers import EMAIL, MB, PIECE, Edge, Visit, application, running
+from support.workers import EMAIL, MB, PIECE, Edge, Visit, application, off, running
 
 # A frozen worker is found out within the deadline for acknowledgements; the lease, which needs no kill, is longer.
 FAIL_CLOSED_SECONDS = 3.0
@@ -33,27 +33,11 @@ async def edge(tmp_path: Path) -> AsyncIterator[Edge]:
         yield started
 
 
-async def off(work: Callable[..., Any], *args: Any, **more: Any) -> Any:
-    """The application runs in this loop: whoever waits for it does so elsewhere."""
-    return await asyncio.to_thread(work, *args, **more)
-
-
-def upgrade(edge: Edge, visit: Visit) -> None:
+def echo(visit: Visit) -> None:
     """One message there and back over a WebSocket."""
-    fields = {
-        **edge.headers(Origin=f"http://{edge.share_id}.localhost:{edge.port}"),
-        "Connection": "Upgrade",
-        "Upgrade": "websocket",
-        "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
-    }
-    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    visit.sock.sendall(f"GET /echo HTTP/1.1\r\n{head}\r\n".encode())
+    visit.upgrade()
+    visit.sock.sendall(b"\x81\x85\0\0\0\0hello")  # masked with zeros
     with visit.sock.makefile("rb") as reader:
-        assert reader.readline().startswith(b"HTTP/1.1 101 ")
-        while reader.readline() != b"\r\n":
-            pass
-        visit.sock.sendall(b"\x81\x85\0\0\0\0hello")  # masked with zeros
         assert reader.read(7) == b"\x81\x05hello"
 
 
@@ -104,7 +88,7 @@ async def test_every_worker_serves_every_session(tmp_path: Path, fast_lane: bool
         assert counted == 8 * 3
         for pid in edge.pids:
             visit = await off(edge.visit, pid)
-            await off(upgrade, edge, visit)
+            await off(echo, visit)
             visit.close()
         lanes = {key.split('lane="')[1].split('"')[0] for key in edge.metrics() if "requests_total{" in key}
         assert lanes == ({"fast", "aiohttp"} if fast_lane else {"aiohttp"})  # first requests are aiohttp's

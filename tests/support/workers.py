@@ -15,7 +15,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 from aiohttp import WSMsgType, web
 from support.programs import Program, free_port, wait_until
+from support.served import serving
 
 from guestpass.gateway.enroll import enroll
 from guestpass.local_ca import write_certificates
@@ -90,14 +91,8 @@ async def application() -> AsyncIterator[str]:
     app.router.add_post("/up", _up)
     app.router.add_get("/trickle", _trickle)
     app.router.add_get("/echo", _echo)
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.5)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
+    async with serving(app, handler_cancellation=True) as url:
+        yield url
 
 
 # ── the edge ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -304,9 +299,33 @@ class Visit:
         answer = self.begin(method, path, **more)
         return answer.status, answer.read()
 
+    def upgrade(self) -> None:
+        """To the WebSocket that sends back what it gets."""
+        fields = {
+            **self._edge.headers(Origin=f"http://{self._edge.share_id}.localhost:{self._edge.port}"),
+            "Connection": "Upgrade",
+            "Upgrade": "websocket",
+            "Sec-WebSocket-Version": "13",
+            "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+        }
+        self.send_head("GET", "/echo", fields)
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += self.sock.recv(1)  # no byte of what follows
+        assert head.startswith(b"HTTP/1.1 101 "), head
+
+    def send_head(self, method: str, path: str, fields: Mapping[str, str]) -> None:
+        lines = (f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()))
+        self.sock.sendall("\r\n".join((*lines, "", "")).encode())
+
     def close(self) -> None:
         self._connection.close()
         self.sock.close()
+
+
+async def off(work: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    """The application runs in this loop: whoever waits for it does so elsewhere."""
+    return await asyncio.to_thread(work, *args, **more)
 
 
 @contextlib.asynccontextmanager

@@ -15,8 +15,16 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import aiosmtplib
 from pydantic import AfterValidator, model_validator
 
-from guestpass.plugin import ConfigPath, Host, Message, NotDelivered, Notifier, PluginConfig, Secret
-from guestpass_plugins.networks import is_loopback
+from guestpass.plugin import (
+    ConfigPath,
+    Host,
+    Message,
+    NotDelivered,
+    Notifier,
+    PluginConfig,
+    Secret,
+    is_loopback,
+)
 from guestpass_plugins.notify.letter import KEY_PURPOSE, address_of, check_sender, letter
 
 __all__ = ["Smtp"]

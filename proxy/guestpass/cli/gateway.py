@@ -133,7 +133,7 @@ async def _serve(config: GatewayConfig, output: Output) -> None:
     """Until SIGTERM or SIGINT, then drain; a second signal cuts the drain short."""
     import asyncio
 
-    from guestpass.daemon import Signals, notify_systemd, settle
+    from guestpass.daemon import Signals, notify_systemd, spare_collector
     from guestpass.gateway.agent import Agent
 
     name = f"{config.gateway.site}/{config.gateway.name}"
@@ -148,7 +148,7 @@ async def _serve(config: GatewayConfig, output: Output) -> None:
         notify_systemd("READY=1", f"STATUS=Connected as {name}")
 
     agent = Agent(config, on_ready=ready)
-    settle()
+    spare_collector()
     with Signals(on_reload=lambda: _reload(agent, config.file)) as signals:
         serving = asyncio.create_task(agent.run())
         for signalled in (signals.stop, signals.hurry):

@@ -23,7 +23,7 @@ from prometheus_client import generate_latest
 
 from guestpass import config as configuration
 from guestpass.config import EdgeConfig
-from guestpass.daemon import Signals, reloading, settle
+from guestpass.daemon import Signals, reloading, spare_collector
 from guestpass.edge import certificates
 from guestpass.edge import headers as h
 from guestpass.edge.access_log import STDOUT, AccessLog
@@ -770,7 +770,7 @@ async def work(config: EdgeConfig, seat: Seat) -> None:
     except GuestpassError as exc:
         await seat.failed(exc)
         return
-    settle()
+    spare_collector()
     try:
         await seat.serve()
     finally:
@@ -789,7 +789,7 @@ async def serve(
     GuestpassError when it cannot start."""
     edge = Edge(config, restored=restored)
     line = await edge.start()
-    settle()
+    spare_collector()
     try:
         with Signals(on_reload=edge.reload, on_roll=_no_workers) as signals:
             ready(line)

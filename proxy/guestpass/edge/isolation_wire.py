@@ -4,7 +4,7 @@ A frame is a length (four bytes, big-endian) and a JSON object whose `do` says w
 
 | from | do | with |
 |---|---|---|
-| edge | load | kind, use, name, settings, folder, secrets, limits, files |
+| edge | load | section, position, line, file, use, name, settings, secrets, limits, readable, writable |
 | process | loaded | name, interactive, label, needs_proof, private_headers, hooks |
 | process | refused | message, hint: the plugin cannot be loaded |
 | edge | start | id, and seed: what `Host.derive_key` rests on; answered as a call is |

@@ -328,7 +328,8 @@ def build(
 
 
 def fingerprint(config: EdgeConfig, parts: Iterable[str] = OF_PLUGINS) -> bytes:
-    """Of all that plugins are made from: their sections, the files that they come from, and those of their secrets."""
+    """Of all that plugins in these parts of edge.toml are made from: their sections, the files that they come from, and
+    those of their secrets."""
     digest = hashlib.sha256()
     for name in parts:
         digest.update(repr((name, getattr(config, name))).encode())

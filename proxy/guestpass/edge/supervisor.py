@@ -114,6 +114,9 @@ FOLDER_HINT = "It is made where temporary files are: set TMPDIR to another folde
 # Kinds of plugins that the supervisor has; the others are the workers'.
 TELLING = frozenset(("notify", "observe"))
 
+# The parts of edge.toml that they come from.
+OF_TELLING = (*sorted(TELLING), "mail")
+
 
 @dataclass(eq=False)
 class Worker:
@@ -219,7 +222,7 @@ class Supervisor:
             registry=self.metrics.registry,
         )
         self._plugins = plugins = self._load_plugins(config)
-        self._seen = fingerprint(config)
+        self._seen = fingerprint(config, OF_TELLING)
         # Workers read these files; they are made here, once.
         KeyRing(state, days=edge.assertion_key_days).open(time.time())
         _, api_key_file = api_key_of(config, state)
@@ -524,11 +527,11 @@ class Supervisor:
         return PluginSet.load(with_notifiers(config), observe_hook=self.metrics.observe_hook, only=TELLING)
 
     async def _load_again(self) -> None:
-        """Notifiers and observers, where something about plugins has changed; with a fault those from before stay."""
+        """Notifiers and observers, where something about them has changed; with a fault those from before stay."""
         async with self._reload_lock:
             try:
                 fresh = load_edge(self.config.file)
-                seen = fingerprint(fresh)
+                seen = fingerprint(fresh, OF_TELLING)
                 if seen != self._seen:
                     await self._plugins.replace(await asyncio.to_thread(self._load_plugins, fresh))
                     self._seen = seen

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from yarl import URL
 
-from guestpass_plugins.networks import is_loopback
+from guestpass.plugin import is_loopback
 
 # A discovery document or a key set is some kilobytes; the largest seen in the wild are below 40 KiB.
 MAX_DOCUMENT = 256 << 10
