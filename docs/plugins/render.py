@@ -50,12 +50,19 @@ CHAPTERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     ("Errors", ("Denied", "NotDelivered", "Invalid", "InvalidEmail")),
-    ("Settings and addresses", ("Secret", "ConfigPath", "canonical_address", "parse_scope", "API_VERSION")),
+    (
+        "Settings and addresses",
+        ("Secret", "ConfigPath", "canonical_address", "is_loopback", "parse_scope", "API_VERSION"),
+    ),
 )
 
 # Defined elsewhere, in one line here.
 ELSEWHERE = {
     "InvalidEmail": "Raised by `canonical_address` for what is no email address.",
+    "is_loopback": (
+        "`is_loopback(host: str) -> bool`: whether a name or an address is this machine's own, so that nothing sent there "
+        "leaves it: what goes elsewhere in the clear is a mistake."
+    ),
     "canonical_address": (
         "`canonical_address(address: str) -> str`: the one form in which addresses are compared and kept. "
         "Raises InvalidEmail."
