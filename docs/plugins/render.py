@@ -60,8 +60,8 @@ CHAPTERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 ELSEWHERE = {
     "InvalidEmail": "Raised by `canonical_address` for what is no email address.",
     "is_loopback": (
-        "`is_loopback(host: str) -> bool`: whether a name or an address is this machine's own, so that nothing sent there "
-        "leaves it: what goes elsewhere in the clear is a mistake."
+        "`is_loopback(host: str) -> bool`: whether a name or an address is this machine's own, so that nothing "
+        "sent there leaves it: what goes elsewhere in the clear is a mistake."
     ),
     "canonical_address": (
         "`canonical_address(address: str) -> str`: the one form in which addresses are compared and kept. "

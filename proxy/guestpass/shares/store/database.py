@@ -19,12 +19,14 @@ Errors of the database are translated here, once: StoreError names the file and 
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import logging
 import os
 import sqlite3
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -39,7 +41,6 @@ from guestpass.errors import StoreError
 from guestpass.model import Revocation
 from guestpass.shares.store import journal
 from guestpass.shares.store.schema import REVISION, VERSION_TABLE
-from guestpass.shares.store.thread import StoreThread
 
 log = logging.getLogger("guestpass.store")
 
@@ -68,7 +69,7 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._courier: Callable[[], None] | None = None
-        self._thread = StoreThread()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="guestpass-store")
         self._lock: int | None = None
         self._engine: Engine | None = None
         self._db: Connection | None = None
@@ -84,7 +85,7 @@ class Store:
         revoked in it again. Raises StoreError."""
         store = cls(Path(path))
         try:
-            await store._thread.run(partial(store._open, restored))
+            await asyncio.get_running_loop().run_in_executor(store._thread, store._open, restored)
         except BaseException:
             await store.close()
             raise
@@ -95,8 +96,8 @@ class Store:
         if self._closed:
             return
         self._closed = True
-        await self._thread.run(self._close)
-        self._thread.close()
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
+        self._thread.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
         return self
@@ -146,7 +147,7 @@ class Store:
             raise StoreError(
                 f"{self.path}: the store is closed", hint="The edge is shutting down: try again later."
             )
-        return await self._thread.run(call)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     # ── In the store's thread ────────────────────────────────────────────────────────────────────────────────────
 
