@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from guestpass.cli import build_parser
+from guestpass import config
+from guestpass.cli import build_parser, share, up
+from guestpass.shares import rules
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "command-line.md").read_text("utf-8")
@@ -62,3 +64,9 @@ def test_every_variable_is_described(folder: str) -> None:
     }
     assert used
     assert used == set(re.findall(r"^\| `(GUESTPASS_\w+)`", PAGE, re.MULTILINE))
+
+
+def test_limits_are_the_edges_own() -> None:
+    """Repeated, for whoever parses a command line does not import all of an edge."""
+    assert up.MAX_WORKERS == config.MAX_WORKERS
+    assert share.MAX_SESSIONS == rules.MAX_SESSIONS

@@ -93,8 +93,12 @@ class BareServer:
         self._listener.close()
 
     async def stop(self) -> None:
+        """Never raises: whoever stops has more to stop."""
         self.close()
         if self._runner is not None:
-            await self._runner.cleanup()
+            try:
+                await self._runner.cleanup()
+            except Exception:
+                log.exception("while stopping")
         if self._lane is not None:
             self._lane.close()
