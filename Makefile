@@ -97,8 +97,10 @@ faults: $(VENV)/extra-test
 	GUESTPASS_LONG=1 GUESTPASS_SCOREBOARD=benchmarks/results/faults.json $(BIN)/pytest -q tests/faults
 
 # What an edge on the internet must refuse, and how applications of different tastes see what passes (long forms).
+conformance: FUZZ_CASES ?= 10000000
 conformance: $(VENV)/extra-test
-	GUESTPASS_LONG=1 GUESTPASS_SCOREBOARD=benchmarks/results/conformance.json $(BIN)/pytest -q tests/conformance
+	GUESTPASS_LONG=1 GUESTPASS_FUZZ_CASES=$(FUZZ_CASES) GUESTPASS_SCOREBOARD=benchmarks/results/conformance.json \
+		$(BIN)/pytest -q tests/conformance tests/speedups/test_http1_differential.py
 
 # What plugins may do, what they cannot do to others, and how fast a revocation ends things (long forms).
 # Some drive Chromium, and an OpenID provider on Node (Debian: chromium, nodejs, npm).

@@ -157,7 +157,8 @@ def test_names_of_shares(up: Up, name: str) -> None:
 
 
 def test_no_content_is_written_at_the_edge(up: Up) -> None:
-    """Bodies, paths and queries of requests leave no trace in state, logs, outbox or anything else in its folder."""
+    """Paths, queries, tokens and links leave no trace in what `guestpass up` has written. (Of all that passes:
+    tests/conformance/test_traces.py.)"""
     for number in range(5):
         up.get(f"{up.origin}/100?q={CANARY}{number}", {**authorization(up), "X-Note": CANARY})
         up.get(f"{up.origin}/{CANARY}", authorization(up))

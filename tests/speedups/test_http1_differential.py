@@ -18,6 +18,7 @@ from aiohttp import http_parser
 from hypothesis import given
 from hypothesis import strategies as st
 from speedups import http1_fuzz as fuzz
+from support.scoreboard import row
 
 from guestpass_speedups import http1
 
@@ -62,9 +63,7 @@ def test_corpus_is_accepted(path: Path) -> None:
 
 @pytest.mark.timeout(0 if CASES > 1_000_000 else 300)
 @pytest.mark.parametrize(("name", "kind", "check", "share"), KINDS, ids=[k[0] for k in KINDS])
-def test_mutated(
-    name: str, kind: str, check: Callable[[bytes], bool], share: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mutated(name: str, kind: str, check: Callable[[bytes], bool], share: int) -> None:
     mutator = fuzz.Mutator(kind, SEED)
     cases, accepted = CASES // share, 0
     begin = time.perf_counter()
@@ -78,10 +77,14 @@ def test_mutated(
                 check(small)
             pytest.fail(f"{name}: {caught.value}\n{small!r}\nfrom {data!r} (seed {SEED})")
     seconds = time.perf_counter() - begin
-    with capsys.disabled():
-        print(
-            f"\n{name}: {cases:,} cases, {accepted:,} accepted, no disagreement, {cases / seconds:,.0f} cases/s"
-        )
+    row(
+        f"scanner against llhttp, {name}",
+        f"{cases:,} mutated heads, seed {SEED}; {cases / seconds:,.0f} a second",
+        f"{accepted:,} accepted, on none of them a disagreement",
+        "0",
+        ok=True,  # the first disagreement has ended the test
+        figure=2,
+    )
     assert accepted > cases // 8, "a mutator whose cases are all refused compares nothing"
 
 
