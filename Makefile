@@ -105,7 +105,8 @@ conformance: $(VENV)/extra-test
 # What plugins may do, what they cannot do to others, and how fast a revocation ends things (long forms).
 # Some drive Chromium, and an OpenID provider on Node (Debian: chromium, nodejs, npm).
 plugins: $(VENV)/extra-test $(VENV)/extra-apps
-	GUESTPASS_LONG=1 GUESTPASS_SCOREBOARD=benchmarks/results/plugins.json $(BIN)/pytest -q tests/plugins tests/apps/test_sign_in.py
+	GUESTPASS_LONG=1 GUESTPASS_SCOREBOARD=benchmarks/results/plugins.json $(BIN)/pytest -q tests/plugins tests/apps/test_sign_in.py \
+		tests/conformance/http/test_shares_apart.py
 
 # Plots of a simulation; it measures no time, so they change only with the choosers.
 choosers: $(VENV)/extra-test $(VENV)/extra-bench

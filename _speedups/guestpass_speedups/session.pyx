@@ -624,8 +624,8 @@ cdef class Stream:
         self.expects(<uint64_t> size)
 
     cdef int expects(self, uint64_t size) except -1:
-        """A window doubles from the floor only when it was too small, and each doubling waits for CREDIT to cross:
-        for a body of 1 MB that was a quarter of the work. In whole floors, for a sender takes less for a glitch.
+        """A window doubles from the floor, and each doubling takes a round trip: 1 MiB takes six of them, and two by
+        this. In whole floors, for a sender takes less for a glitch.
         """
         cdef uint64_t floor, window
         self.body_size = size

@@ -941,6 +941,20 @@ def test_a_body_of_known_size_has_its_window_at_once(size: int, window: int) -> 
     assert link.both.gateway.session.stats()["glitches"] == 0
 
 
+@pytest.mark.parametrize(("known", "round_trips"), [(False, 6), (True, 2)])
+def test_a_download_of_known_size_takes_fewer_round_trips(known: bool, round_trips: int) -> None:
+    """1 MiB: 32 KiB and its doubles, or 32 KiB (with the head) and a window that doubles from 512 KiB."""
+    link = Link(0.1)
+    link.gateway.send(bytes(1 << 20), fin=True)
+    turns = 0
+    while link.stream.bytes_received < 1 << 20:
+        link.turn()
+        turns += 1
+        if known and turns == 1:
+            link.stream.expect(1 << 20)
+    assert turns == round_trips
+
+
 def test_windows_for_known_sizes_leave_most_of_the_budget() -> None:
     link = Link(0.1)
     link.both.edge_budget.limit = 4 * (FLOOR + 4 * FLOOR)
