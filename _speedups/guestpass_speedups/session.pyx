@@ -376,7 +376,7 @@ cdef class Budget:
         return True
 
     cdef bint take_start(self, uint64_t size) noexcept:
-        # Nobody has shown yet that it is needed: of an edge with little to do only.
+        # Nobody has shown yet that it is needed: only while little is promised, by an edge and to a client.
         cdef uint64_t limit = self.limit // 4
         if self.promised > limit or size > limit - self.promised:
             return False
@@ -764,8 +764,11 @@ cdef class Stream:
     cdef bint _promise_more(self, uint64_t size, bint proven) noexcept:
         """`proven`: the stream was held up by its window."""
         cdef Budget budget = <Budget> self.budget
-        if self.allowance != NULL and not (<Budget> self.allowance).take_floor(size):
-            return False
+        cdef Budget allowance
+        if self.allowance != NULL:
+            allowance = <Budget> self.allowance
+            if not (allowance.take_floor(size) if proven else allowance.take_start(size)):
+                return False
         if not (budget.take_growth(size) if proven else budget.take_start(size)):
             if self.allowance != NULL:
                 (<Budget> self.allowance).give_back(size)
