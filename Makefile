@@ -103,10 +103,11 @@ conformance: $(VENV)/extra-test
 		$(BIN)/pytest -q tests/conformance tests/speedups/test_http1_differential.py
 
 # What plugins may do, what they cannot do to others, and how fast a revocation ends things (long forms).
-# Some drive Chromium, and an OpenID provider on Node (Debian: chromium, nodejs, npm).
+# Some drive Chromium, and an OpenID provider on Node (Debian: chromium, nodejs, npm). The browser of tests/apps comes
+# last: as long as it is open, its event loop is the thread's.
 plugins: $(VENV)/extra-test $(VENV)/extra-apps
-	GUESTPASS_LONG=1 GUESTPASS_SCOREBOARD=benchmarks/results/plugins.json $(BIN)/pytest -q tests/plugins tests/apps/test_sign_in.py \
-		tests/conformance/http/test_shares_apart.py
+	GUESTPASS_LONG=1 GUESTPASS_SCOREBOARD=benchmarks/results/plugins.json $(BIN)/pytest -q \
+		tests/plugins tests/conformance/http/test_shares_apart.py tests/apps/test_sign_in.py
 
 # Plots of a simulation; it measures no time, so they change only with the choosers.
 choosers: $(VENV)/extra-test $(VENV)/extra-bench
