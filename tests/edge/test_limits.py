@@ -184,8 +184,11 @@ async def quiet(read: Any) -> bytes:
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_clients_behind_a_trusted_proxy(app: Application, tmp_path: Path, lane: str) -> None:
+async def test_clients_behind_a_trusted_proxy(
+    app: Application, tmp_path: Path, lane: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Requests under way count, for whom the proxy speaks: not its connections, and not what it has done before."""
+    caplog.set_level("INFO", "guestpass")
     limits = {"connections_per_client": 2}
     one, other = "X-Forwarded-For: 198.51.100.7", "X-Forwarded-For: 203.0.113.9"
     async with limited(tmp_path, app, lane, limits, trusted_proxies=["127.0.0.0/8"]) as stack:
@@ -199,6 +202,7 @@ async def test_clients_behind_a_trusted_proxy(app: Application, tmp_path: Path, 
         await stack.until(lambda: stack.edge.lane.client("198.51.100.7").open == 1, "one less")
         assert (await asked(stack, one))[0] == 200
         assert refusals(stack, "connections_per_client") == 1
+        assert "429: 198.51.100.7: " in caplog.text
         await stack.edge.service.delete(stack.share_id)
         await stack.until(lambda: stack.edge.lane.client("198.51.100.7").open == 0, "nothing is left")
 

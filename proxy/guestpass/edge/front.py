@@ -307,7 +307,7 @@ class Front(Connection, asyncio.BufferedProtocol):
 
     def noted(self, limit: str) -> str:
         """Counts and logs it; the id of the error."""
-        return self.house.refusals.note(limit, self._peer)
+        return self.house.refusals.note(limit, self.address)
 
     def failed(self, head: bytes, code: int, grant: Grant) -> None:
         """The stream was reset before an answer came."""
@@ -388,7 +388,8 @@ class Front(Connection, asyncio.BufferedProtocol):
             (b"x-forwarded-for", v.encode("latin-1"))
             for v in Asked.of(head).headers.getall("X-Forwarded-For", ())
         ]
-        client = self.house.client(h.client_address(self._peer, told, self.house.trusted_proxies))
+        self._spoken_for = h.client_address(self._peer, told, self.house.trusted_proxies)
+        client = self.speaker()
         if client is None or self.counts_for(client):
             return True
         self.limited("connections_per_client", head)
