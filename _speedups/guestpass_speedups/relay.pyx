@@ -1642,6 +1642,7 @@ cdef class Connection:
     def counts_for(self, Client client not None):
         """The request under way is of this client, says a trusted proxy. Whether it may have one more."""
         self.trusted = True
+        self.named = False      # what is kept for the fast lane's next request is about another client
         if client is not self.client:
             self._count_out()
             self.client = client

@@ -771,7 +771,7 @@ cdef class Stream:
                 return False
         if not (budget.take_growth(size) if proven else budget.take_start(size)):
             if self.allowance != NULL:
-                (<Budget> self.allowance).give_back(size)
+                allowance.give_back(size)
             return False
         self.promised += size
         if self.allowance != NULL:

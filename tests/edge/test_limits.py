@@ -208,6 +208,27 @@ async def test_clients_behind_a_trusted_proxy(
 
 
 @pytest.mark.parametrize("lane", LANES)
+async def test_a_trusted_proxy_speaks_for_several_on_one_connection(
+    app: Application, tmp_path: Path, lane: str
+) -> None:
+    """Each request counts for its own client, also where the one before it was for another lane."""
+    one, other = "X-Forwarded-For: 198.51.100.7", "X-Forwarded-For: 203.0.113.9"
+    async with limited(tmp_path, app, lane, {}, trusted_proxies=["127.0.0.0/8"]) as stack:
+        reader, writer = await asyncio.open_connection("127.0.0.1", stack.port)
+        opened.append(writer)
+        writer.write(stack.head("GET", "/big/1", one))
+        assert (await answer(reader))[0] == 200
+        stranger = stack.head("GET", "/big/1", other).replace(stack.token.encode(), b"unknown")
+        writer.write(stranger)
+        assert (await answer(reader))[0] == 401
+        writer.write(stack.head("GET", "/forever", one))
+        assert (await read_head(reader)).startswith(b"HTTP/1.1 200 ")
+        assert [stack.edge.lane.client(ip).open for ip in ("198.51.100.7", "203.0.113.9")] == [1, 0]
+        writer.transport.abort()
+        await stack.until(lambda: stack.edge.lane.client("198.51.100.7").open == 0, "nothing is left")
+
+
+@pytest.mark.parametrize("lane", LANES)
 async def test_streams_of_a_share_and_of_a_session(app: Application, tmp_path: Path, lane: str) -> None:
     async with limited(tmp_path, app, lane, {"streams_per_session": 2, "streams_per_share": 3}) as stack:
         first = stack.token
