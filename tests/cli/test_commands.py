@@ -1,14 +1,19 @@
 """Every command: its help, its usage errors, its promise of one JSON object."""
 
 import argparse
+import array
+import fcntl
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import termios
 
+import psutil
 import pytest
+from support.programs import wait_until
 
 import guestpass as package
 from guestpass.cli import build_parser
@@ -176,6 +181,12 @@ def test_a_reader_that_goes_is_no_error():
     assert process.returncode == 1
 
 
+def unread(pipe):
+    found = array.array("i", [0])
+    fcntl.ioctl(pipe, termios.FIONREAD, found)
+    return found[0]
+
+
 def test_an_interrupt_is_quiet(tmp_path):
     fifo = tmp_path / "key"
     os.mkfifo(fifo)
@@ -193,7 +204,11 @@ def test_an_interrupt_is_quiet(tmp_path):
         ],
         stderr=subprocess.PIPE,
     )
-    with process, open(fifo, "wb"):  # opens when the command does
+    with process, open(fifo, "wb", buffering=0) as key:  # opens when the command does
+        # A signal just before the system call waits for the end of the key: let it take a byte, and sleep.
+        key.write(b"k")
+        wait_until("taken", lambda: unread(key) == 0, seconds=30)
+        wait_until("asleep", lambda: psutil.Process(process.pid).status() == "sleeping", seconds=30)
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == b""
     assert process.returncode == 130
